@@ -1,0 +1,1 @@
+"""Step 1: from nothing to a few-step causal base."""

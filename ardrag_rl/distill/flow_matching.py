@@ -1,0 +1,152 @@
+"""Training the causal base: block-causal flow matching with clean history, then regression on its own rollouts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+from ardrag_rl.codec import Codec
+from ardrag_rl.envs.sprites import Sprites
+from ardrag_rl.flow import Kernel, interpolate, predict_x0, velocity
+from ardrag_rl.policies import VideoPolicy
+from ardrag_rl.policies.generate import generate_latents
+from ardrag_rl.rollout import Plan
+
+
+@dataclass(frozen=True)
+class LatentShard:
+    """Encoded clips on disk, as .npy files that are read as needed.
+
+    latents, trajectory: (n, F, C, h, w) float16; text: (n, L, D) float16.
+    """
+
+    latents: np.ndarray
+    trajectory: np.ndarray
+    text: np.ndarray
+
+
+class LatentClips(Dataset[dict[str, Tensor]]):
+    """Encoded sprite clips, made once and kept on disk: encoding costs more than a training step.
+
+    Args:
+        folder: where the arrays are; they are made where they are missing.
+        codec: encodes frames, heat maps and prompts.
+        source: the clips.
+        num_clips: how many of them.
+    """
+
+    def __init__(self, folder: Path, codec: Codec, source: Sprites, num_clips: int, batch: int = 32) -> None:
+        if not (folder / "done").is_file():
+            _encode(folder, codec, source, num_clips, batch)
+        self.shard = LatentShard(*(np.load(folder / f"{k}.npy", mmap_mode="r") for k in _KEYS))
+
+    def __len__(self) -> int:
+        return len(self.shard.latents)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {k: torch.from_numpy(np.asarray(getattr(self.shard, k)[index], np.float32)) for k in _KEYS}
+
+
+_KEYS = ("latents", "trajectory", "text")
+
+
+def _encode(folder: Path, codec: Codec, source: Sprites, num_clips: int, batch: int) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    frames, shape = codec.latent_frames(source.num_frames), codec.latent_shape(source.height, source.width)
+    shapes = ((num_clips, frames, *shape), (num_clips, frames, *shape), (num_clips, *codec.text_shape))
+    arrays = [
+        np.lib.format.open_memmap(folder / f"{k}.npy", "w+", np.float16, s) for k, s in zip(_KEYS, shapes, strict=True)
+    ]
+    for start in tqdm(range(0, num_clips, batch), desc="encoding clips", mininterval=5):
+        rows = range(start, min(start + batch, num_clips))
+        controls = [source[i].control for i in rows]
+        with torch.autocast(codec.device.type, torch.bfloat16):
+            encoded = (
+                codec.encode(torch.stack([source.video(i) for i in rows])),
+                codec.encode_heat_maps(controls, source.height, source.width),
+                codec.encode_text([c.prompt for c in controls]),
+            )
+        for array, value in zip(arrays, encoded, strict=True):
+            array[rows.start : rows.stop] = value.cpu().numpy()
+    for array in arrays:
+        array.flush()
+    (folder / "done").touch()
+
+
+def reference_of(latents: Tensor) -> Tensor:
+    """(B, F, C, h, w): the encoded image at frame 0, fresh Gaussian noise after (Eq. 6)."""
+    reference = torch.randn_like(latents)
+    reference[:, 0] = latents[:, 0]
+    return reference
+
+
+class FlowMatching(nn.Module):
+    """Block-causal flow matching (Eq. 7 on a causal model): clean history, every frame at its own noise level.
+
+    Args:
+        policy: its transformer is trained; its schedule gives the levels that three of four samples are drawn at.
+        history_noise: at most this much noise is mixed into the history, so that small errors do not add up.
+    """
+
+    def __init__(self, policy: VideoPolicy, history_noise: float = 0.1, text_dropout: float = 0.1) -> None:
+        super().__init__()
+        self.policy, self.history_noise, self.text_dropout = policy, history_noise, text_dropout
+
+    def forward(self, latents: Tensor, trajectory: Tensor, text: Tensor) -> dict[str, Tensor]:
+        """latents, trajectory: (B, F, C, h, w); text: (B, L, D)."""
+        batch, frames = latents.shape[:2]
+        text = text * (torch.rand(batch, 1, 1, device=text.device) > self.text_dropout)
+        levels = torch.tensor(self.policy.schedule.levels[:-1], device=latents.device)
+        t = levels[torch.randint(len(levels), (batch, frames), device=latents.device)]
+        t = torch.where(torch.rand_like(t) < 0.25, torch.rand_like(t).clamp(min=0.02), t)
+        reference, eps = reference_of(latents), torch.randn_like(latents)
+        x = interpolate(latents, eps, t[..., None, None, None])
+        noise = self.history_noise * torch.rand(batch, 1, 1, 1, 1, device=latents.device)
+        history = latents + noise * torch.randn_like(latents)
+        model = self.policy.transformer
+        v, _ = model(
+            model.encode_context(text),
+            self.policy.frame_inputs(history, reference, trajectory)[:, :-1],
+            self.policy.frame_inputs(x, reference, trajectory)[:, None],
+            1000 * t[:, None],
+        )
+        return {"loss": (v[:, 0].float() - velocity(latents, eps)).square().mean()}
+
+
+class OwnRollouts(nn.Module):
+    """Few-step training: the model denoises whole videos with its own history, then every prediction it made is
+    regressed onto the true frame, in one block-causal replay.
+
+    This is regression to a mean, not distribution matching: it suits data whose control all but determines the video.
+
+    Args:
+        policy: its transformer is trained.
+        kernels: one is drawn per batch, so that the model meets the states of the samplers it will be used with.
+    """
+
+    def __init__(self, policy: VideoPolicy, kernels: tuple[Kernel, ...]) -> None:
+        super().__init__()
+        self.policy, self.kernels = policy, kernels
+
+    def forward(self, latents: Tensor, trajectory: Tensor, text: Tensor) -> dict[str, Tensor]:
+        """latents, trajectory: (B, F, C, h, w); text: (B, L, D)."""
+        steps = self.policy.schedule.num_steps
+        kernel = self.kernels[int(torch.randint(len(self.kernels), ()))]
+        reference, noise = reference_of(latents), torch.randn_like(latents)
+        plan = Plan((kernel,) * (steps - 1) + (Kernel("ode"),))
+        own = generate_latents(self.policy, plan, noise, trajectory, reference, text)  # (B, F, N+1, C, h, w)
+        states = own[:, :, :-1].transpose(1, 2)  # (B, N, F, C, h, w)
+        shape = (-1, steps, *(-1,) * 4)
+        noisy = self.policy.frame_inputs(states, reference[:, None].expand(shape), trajectory[:, None].expand(shape))
+        clean = self.policy.frame_inputs(own[:, :, -1], reference, trajectory)[:, :-1]
+        t = torch.tensor(self.policy.schedule.levels[:-1], device=latents.device)[:, None]  # (N, 1)
+        model = self.policy.transformer
+        v, _ = model(model.encode_context(text), clean, noisy, 1000 * t)
+        error = predict_x0(states, v.float(), t[..., None, None, None]) - latents[:, None]
+        return {"loss": error.square().mean()}

@@ -1,0 +1,73 @@
+"""One image and a drag path in, a video out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ardrag_rl import hub
+from ardrag_rl.codec import Codec
+from ardrag_rl.control import Control
+from ardrag_rl.envs.fit import fit
+from ardrag_rl.envs.tasks import image_task
+from ardrag_rl.flow import Kernel, randn
+from ardrag_rl.policies import VideoPolicy
+from ardrag_rl.policies.generate import generate_latents
+from ardrag_rl.rollout import Plan
+
+
+def generate(
+    pipeline: str | Path | VideoPolicy,
+    image: str | Path | Tensor,
+    drag: str | Path | Sequence[Any],
+    prompt: str = "",
+    seed: int = 0,
+    num_frames: int = 16,
+    height: int | None = None,
+    width: int | None = None,
+    kernel: str = "ode",
+    device: str | torch.device = "cpu",
+) -> tuple[Tensor, Control]:
+    """Generates a video that follows a drag path.
+
+    Args:
+        pipeline: an embedded name, a folder, a hub id, or a policy that came from one.
+        image: a file, or (3, H, W) in [0, 1]; scaled and centre-cropped to the pipeline's size.
+        drag: a JSON file or points, as `envs.tasks.image_task` takes them; resampled to the length of the video.
+        prompt: what the video shows.
+        seed: of all noise; the same seed gives the same video.
+        num_frames: latent frames.
+        height, width: in pixels; None for the pipeline's own size.
+        kernel: "ode", or "renoise" as Algorithm 1 samples.
+        device: where policy and codec run.
+
+    Returns:
+        the video (T, 3, H, W) in [0, 1], and the control as fitted to it.
+    """
+    policy = pipeline if isinstance(pipeline, VideoPolicy) else VideoPolicy.from_pretrained(pipeline, device)
+    if policy.source is None:
+        raise ValueError("the policy came from no pipeline folder, so its codec is unknown: pass the folder's name.")
+    codec = Codec.from_pretrained(policy.source, policy.device)
+    if height is None or width is None:
+        own_height, own_width = hub.pipeline_size(policy.source)
+        height, width = height or own_height, width or own_width
+    frames = codec.pixel_frames(num_frames)
+    control = fit(image_task(image, drag, prompt, frames), frames, height, width).control
+    generator = torch.Generator().manual_seed(seed)
+    shape = (1, num_frames, *codec.latent_shape(height, width))
+    noise, reference = randn(shape, generator), randn(shape, generator)
+    reference[:, :1] = codec.encode(control.image[None, None]).cpu()
+    latents = generate_latents(
+        policy,
+        Plan.all(Kernel(kernel), policy.schedule.num_steps),
+        noise.to(policy.device),
+        codec.encode_heat_maps([control], height, width),
+        reference.to(policy.device),
+        codec.encode_text([prompt]),
+        generator,
+    )
+    return codec.decode(latents[:, :, -1])[0].cpu(), control

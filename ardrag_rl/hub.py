@@ -1,0 +1,110 @@
+"""Where a pipeline lies: the diffusers folder layout, by name, folder or hub id.
+
+    model_index.json  transformer/  vae/  text_encoder/  tokenizer/  scheduler/
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from ardrag_rl.flow import Schedule
+
+ASSETS = Path(__file__).parent / "assets"
+COMPONENTS = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
+
+
+def pipeline_path(name: str | Path) -> Path:
+    """The folder of a pipeline.
+
+    Args:
+        name: an embedded pipeline ("tiny"), a folder, or a hub id ("owner/name"), which is downloaded once.
+
+    Raises:
+        ValueError: none of these; the message says what exists.
+    """
+    embedded = sorted(p.parent.name for p in ASSETS.glob("*/model_index.json"))
+    if str(name) in embedded:
+        return ASSETS / str(name)
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        if not (folder / "model_index.json").is_file():
+            raise ValueError(f"the folder {str(name)!r} has no model_index.json: expected a pipeline in diffusers layout.")
+        return folder
+    if isinstance(name, str) and name.count("/") == 1 and not name.startswith((".", "/", "~")):
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+        try:
+            return Path(snapshot_download(name, ignore_patterns=["*.bin", "*.pt", "*.pth", "*.ckpt"]))
+        except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+            raise ValueError(
+                f"pipeline {name!r} is neither a folder here nor could it be had from the hub ({error})."
+            ) from error
+    raise ValueError(
+        f"pipeline {str(name)!r} is unknown: expected an embedded one ({', '.join(embedded) or 'none'}), a folder with a "
+        "model_index.json, or a hub id 'owner/name'."
+    )
+
+
+def load_schedule(path: Path) -> Schedule:
+    """The few-step schedule, key `timesteps` of scheduler/scheduler_config.json; AR-Drag's where it has none."""
+    config = read_json(path / "scheduler" / "scheduler_config.json")
+    steps = config.get("timesteps")
+    return Schedule(tuple(steps)) if steps else Schedule()
+
+
+def save_schedule(path: Path, schedule: Schedule) -> None:
+    """Writes scheduler/scheduler_config.json; the class named is the one diffusers would run such a model with."""
+    write_json(
+        path / "scheduler" / "scheduler_config.json",
+        {
+            "_class_name": "FlowMatchEulerDiscreteScheduler",
+            "num_train_timesteps": 1000,
+            "timesteps": list(schedule.timesteps),
+        },
+    )
+
+
+def pipeline_size(path: Path) -> tuple[int, int]:
+    """The (height, width) in pixels the pipeline was made for: `sample_height`, `sample_width` of model_index.json."""
+    index = read_json(path / "model_index.json")
+    if "sample_height" not in index or "sample_width" not in index:
+        raise ValueError(f"the pipeline {str(path)!r} names no resolution of its own: pass height= and width=.")
+    return int(index["sample_height"]), int(index["sample_width"])
+
+
+def save_index(path: Path, height: int, width: int, components: dict[str, tuple[str, str]]) -> None:
+    """Writes model_index.json.
+
+    Args:
+        components: folder name -> (library, class name).
+    """
+    index: dict[str, Any] = {"_class_name": "ARDragPipeline"}
+    index.update({k: list(v) for k, v in components.items()})
+    index.update(sample_height=height, sample_width=width)
+    write_json(path / "model_index.json", index)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object.
+
+    Raises:
+        ValueError: the file is missing or is not a JSON object.
+    """
+    try:
+        value = json.loads(path.read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise ValueError(f"{str(path)!r} could not be read as JSON: {error}.") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{str(path)!r} holds a {type(value).__name__}: expected a JSON object.")
+    return value
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """Writes through a temporary file, so that a half-written one is never found."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".partial")
+    temporary.write_text(json.dumps(value, indent=2) + "\n")
+    temporary.replace(path)

@@ -1,0 +1,136 @@
+"""VideoPolicy: observations in, a Gaussian over the next latent out."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ardrag_rl import hub
+from ardrag_rl.flow import GaussianStep, Schedule
+from ardrag_rl.policies.session import Session
+from ardrag_rl.policies.transformer import CausalWanTransformer3DModel
+from ardrag_rl.rollout import Rollout
+
+
+class VideoPolicy(nn.Module):
+    """The policy pi(a[m,n] | s[m,n]) that a causal video transformer and a kernel make (paper Eq. 8-11).
+
+    Args:
+        transformer: predicts velocities.
+        schedule: the N noise levels of a frame.
+        source: the pipeline folder it came from; `save_pretrained` copies the other components from there.
+    """
+
+    def __init__(
+        self, transformer: CausalWanTransformer3DModel, schedule: Schedule | None = None, source: Path | None = None
+    ) -> None:
+        super().__init__()
+        self.transformer = transformer
+        self.schedule = schedule or Schedule()
+        self.source = source
+
+    @classmethod
+    def from_pretrained(
+        cls, pipeline: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+    ) -> VideoPolicy:
+        """Loads the transformer and schedule of a pipeline: an embedded name, a folder or a hub id.
+
+        Raises:
+            ValueError: the pipeline is unknown or its files do not fit together.
+        """
+        path = hub.pipeline_path(pipeline)
+        transformer = CausalWanTransformer3DModel.from_pretrained(
+            path / "transformer", torch_dtype=dtype, use_safetensors=True
+        )
+        return cls(transformer, hub.load_schedule(path), path).to(device)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Writes a whole pipeline: this transformer and schedule, the other components copied from the source."""
+        folder = Path(folder)
+        if self.source is not None and folder.resolve() != self.source.resolve():
+            for name in ("vae", "text_encoder", "tokenizer"):
+                if (self.source / name).is_dir():
+                    shutil.copytree(self.source / name, folder / name, dirs_exist_ok=True)
+            index = hub.read_json(self.source / "model_index.json")
+            hub.write_json(folder / "model_index.json", index)
+        self.transformer.save_pretrained(folder / "transformer")
+        hub.save_schedule(folder, self.schedule)
+
+    def push_to_hub(self, repo_id: str, private: bool | None = None, token: str | None = None) -> str:
+        """Uploads the whole pipeline; returns the commit's address."""
+        from tempfile import TemporaryDirectory
+
+        from huggingface_hub import HfApi
+
+        api = HfApi(token=token)
+        api.create_repo(repo_id, private=private, exist_ok=True)
+        with TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            return str(api.upload_folder(repo_id=repo_id, folder_path=folder))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return next(self.transformer.parameters()).device
+
+    @property
+    def latent_channels(self) -> int:
+        """C."""
+        return int(self.transformer.config["out_channels"])
+
+    def session(self, batch_size: int) -> Session:
+        """A KV-cached session for `batch_size` running episodes."""
+        return Session(self, batch_size)
+
+    def frame_inputs(self, latents: Tensor, reference: Tensor, trajectory: Tensor, first: int = 0) -> Tensor:
+        """What the transformer sees of F frames, the first of them frame `first` of its video (Eq. 6).
+
+        Args:
+            latents, reference, trajectory: (..., F, C, h, w).
+
+        Returns:
+            (..., F, C + r + C + C, h, w): latent, mask (1 where the reference is the image), reference, trajectory.
+        """
+        channels = int(self.transformer.config["in_channels"]) - 3 * self.latent_channels
+        mask = latents.new_zeros(*latents.shape[:-3], channels, *latents.shape[-2:])
+        if first == 0:
+            mask[..., 0, :, :, :] = 1
+        return torch.cat([latents, mask, reference, trajectory], -3)
+
+    def forward(self, rollout: Rollout) -> GaussianStep:
+        """Replays every scored transition of a rollout in ONE block-causal pass over [clean frames | noisy frames].
+
+        This is what a learner calls, so that data parallelism and gradient hooks see it.
+
+        Returns:
+            a step with mean (B, F, S, C, h, w) and std (S, 1, 1, 1).
+
+        Raises:
+            ValueError: the rollout's plan scores no step.
+        """
+        plan = rollout.plan
+        if not plan.scored:
+            raise ValueError("the rollout's plan has no scored step: collect it with Plan.selective or Plan.every.")
+        rollout = rollout.to(self.device)
+        levels = rollout.schedule.levels
+        states = rollout.states.transpose(1, 2)  # (B, S, F, C, h, w)
+        shape = (-1, states.shape[1], *(-1,) * 4)
+        noisy = self.frame_inputs(
+            states, rollout.reference[:, None].expand(shape), rollout.trajectory[:, None].expand(shape)
+        )
+        clean = None
+        if rollout.num_frames > 1:  # no frame looks back on the last
+            clean = self.frame_inputs(rollout.clean, rollout.reference, rollout.trajectory)[:, :-1]
+        timestep = torch.tensor([1000 * levels[n] for n in plan.scored])[:, None]
+        context = self.transformer.encode_context(rollout.text, rollout.image)
+        velocity, _ = self.transformer(context, clean, noisy, timestep)
+        steps = [
+            plan.kernels[n].step(states[:, i], velocity[:, i], levels[n], levels[n + 1])
+            for i, n in enumerate(plan.scored)
+        ]
+        std = torch.stack([torch.as_tensor(step.std, device=self.device) for step in steps])
+        return GaussianStep(torch.stack([step.mean for step in steps], 2), std[:, None, None, None])
+

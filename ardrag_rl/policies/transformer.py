@@ -1,0 +1,325 @@
+"""Wan2.1's transformer made causal over latent frames, from diffusers' parts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers import WanTransformer3DModel
+from diffusers.configuration_utils import register_to_config
+from torch import Tensor
+
+from ardrag_rl.policies.cache import Cache, FrameEntry, LayerKV, RollingCache
+
+
+CHUNK_TOKENS = 256  # queries of consecutive frames that share one attention call
+
+
+@dataclass(frozen=True)
+class Context:
+    """Cross-attention keys and values of the prompt (and image tokens), per layer, computed once per video.
+
+    Attributes:
+        text: per layer (keys, values), each (B, heads, L, head_dim).
+        image: the same for image tokens, where the model takes them.
+    """
+
+    text: tuple[LayerKV, ...]
+    image: tuple[LayerKV, ...] | None = None
+
+
+class CausalWanTransformer3DModel(WanTransformer3DModel):
+    """`WanTransformer3DModel` with block-causal attention; parameters and their names are diffusers' own.
+
+    One rule for everything: a frame, clean or noisy, attends to itself and to the last `window` *clean* frames before
+    it. A denoising step is one noisy frame against a cache; writing the cache is one clean frame; a rebuild is all clean
+    frames at once; a replay is [clean frames | noisy frames] in one pass.
+
+    Args:
+        window: clean frames a frame can look back on.
+        others: as in diffusers. `in_channels` = C latent + r mask + C reference + C trajectory channels.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        patch_size: tuple[int, ...] = (1, 2, 2),
+        num_attention_heads: int = 40,
+        attention_head_dim: int = 128,
+        in_channels: int = 52,
+        out_channels: int = 16,
+        text_dim: int = 4096,
+        freq_dim: int = 256,
+        ffn_dim: int = 13824,
+        num_layers: int = 40,
+        cross_attn_norm: bool = True,
+        qk_norm: str | None = "rms_norm_across_heads",
+        eps: float = 1e-6,
+        image_dim: int | None = None,
+        added_kv_proj_dim: int | None = None,
+        rope_max_seq_len: int = 1024,
+        pos_embed_seq_len: int | None = None,
+        window: int = 7,
+    ) -> None:
+        super().__init__(
+            patch_size=patch_size,
+            num_attention_heads=num_attention_heads,
+            attention_head_dim=attention_head_dim,
+            in_channels=in_channels,
+            out_channels=out_channels,
+            text_dim=text_dim,
+            freq_dim=freq_dim,
+            ffn_dim=ffn_dim,
+            num_layers=num_layers,
+            cross_attn_norm=cross_attn_norm,
+            qk_norm=qk_norm,
+            eps=eps,
+            image_dim=image_dim,
+            added_kv_proj_dim=added_kv_proj_dim,
+            rope_max_seq_len=rope_max_seq_len,
+            pos_embed_seq_len=pos_embed_seq_len,
+        )
+        if patch_size[0] != 1:
+            raise ValueError(f"patch_size={tuple(patch_size)}: a causal model needs a temporal patch of 1.")
+        if window < 1:
+            raise ValueError(f"window={window}: expected at least one frame.")
+
+    def new_cache(self) -> Cache:
+        """An empty cache of the model's window."""
+        return RollingCache(self.config["window"])
+
+    def encode_context(self, text: Tensor, image: Tensor | None = None) -> Context:
+        """Prompt embeddings (B, L, D) and image tokens (B, L', D') -> what cross-attention reads."""
+        embedder = self.condition_embedder
+        hidden = embedder.text_embedder(text.to(self.dtype))
+        texts = tuple(_cross_kv(b.attn2, b.attn2.to_k, b.attn2.to_v, b.attn2.norm_k, hidden) for b in self.blocks)
+        if image is None or embedder.image_embedder is None:
+            return Context(texts)
+        tokens = embedder.image_embedder(image.to(self.dtype))
+        images = tuple(
+            _cross_kv(b.attn2, b.attn2.add_k_proj, b.attn2.add_v_proj, b.attn2.norm_added_k, tokens)
+            for b in self.blocks
+        )
+        return Context(texts, images)
+
+    def forward(  # type: ignore[override]
+        self,
+        context: Context,
+        clean: Tensor | None = None,
+        noisy: Tensor | None = None,
+        timestep: Tensor | float = 0.0,
+        cache: Cache | None = None,
+    ) -> tuple[Tensor | None, tuple[FrameEntry, ...]]:
+        """Velocity of noisy frames and cache entries of clean ones, in one pass.
+
+        Args:
+            context: of `encode_context`.
+            clean: (B, F, in_channels, h, w), consecutive clean frames after those in the cache.
+            noisy: (B, S, F', in_channels, h, w), S noisy versions of consecutive frames, the first of them the first
+                after the cache too; F' <= F + 1. Noisy frame i sees the clean frames before i, never a noisy one.
+            timestep: in [0, 1000], broadcast to (B, S, F').
+            cache: of the frames before; none for a video's beginning.
+
+        Returns:
+            velocity (B, S, F', C, h, w) or None, and F entries for the cache.
+        """
+        cache = cache if cache is not None else self.new_cache()
+        streams = [x for x in (clean[:, None] if clean is not None else None, noisy) if x is not None]
+        if not streams:
+            raise ValueError("forward needs clean or noisy frames; both are None.")
+        batch, device = streams[0].shape[0], streams[0].device
+        num_clean = 0 if clean is None else clean.shape[1]
+        rows, num_noisy = (0, 0) if noisy is None else noisy.shape[1:3]
+        if num_noisy > num_clean + 1:
+            raise ValueError(f"{num_noisy} noisy frames need {num_noisy - 1} clean ones before them, got {num_clean}.")
+        _, ph, pw = self.config["patch_size"]
+        h, w = streams[0].shape[-2] // ph, streams[0].shape[-1] // pw
+
+        # All frames side by side, (B, Ft, n, D): the clean ones, then the rows of noisy ones.
+        frames = torch.cat([x.flatten(1, 2) for x in streams], 1).to(self.dtype)
+        x = self._embed_patches(frames)
+        layout = _Layout(num_clean, rows, num_noisy, self.config["window"])
+        steps = torch.zeros(batch, x.shape[1], device=device)
+        if noisy is not None:
+            level = torch.as_tensor(timestep, dtype=torch.float32, device=device)
+            steps[:, num_clean:] = level.expand(batch, rows, num_noisy).flatten(1)
+        temb, modulation = self._embed_time(steps)
+        start = cache.num_frames
+        position = torch.cat(
+            [torch.arange(num_clean), torch.arange(num_noisy).repeat(rows)] if rows else [torch.arange(num_clean)]
+        )
+        rotary = self._rotary((position + start).to(device), h, w)
+
+        entries: list[LayerKV] = []
+        checkpoint = torch.is_grad_enabled() and self.gradient_checkpointing
+        for i, block in enumerate(self.blocks):
+            image = context.image[i] if context.image is not None else None
+            args = (block, x, modulation, rotary, layout, cache.view(i), context.text[i], image)
+            x, kv = self._gradient_checkpointing_func(_run_block, *args) if checkpoint else _run_block(*args)
+            entries.append(kv)
+        layers = tuple(entries)
+        frame_entries = tuple(
+            FrameEntry(tuple((k[:, i], v[:, i]) for k, v in layers)) for i in range(num_clean)
+        )
+        if noisy is None:
+            return None, frame_entries
+        velocity = self._unembed(x[:, num_clean:], temb[:, num_clean:], h, w)
+        return velocity.unflatten(1, (rows, num_noisy)), frame_entries
+
+    def _embed_patches(self, frames: Tensor) -> Tensor:
+        """(B, Ft, C_in, h, w) -> (B, Ft, n, D). A patch convolution is a matrix product, and faster as one."""
+        _, ph, pw = self.config["patch_size"]
+        patches = frames.unflatten(-1, (-1, pw)).unflatten(-3, (-1, ph))  # (B, Ft, C, h', ph, w', pw)
+        patches = patches.permute(0, 1, 3, 5, 2, 4, 6).flatten(4).flatten(2, 3)  # (B, Ft, n, C ph pw)
+        return F.linear(patches, self.patch_embedding.weight.flatten(1), self.patch_embedding.bias)
+
+    def _embed_time(self, timestep: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, Ft) -> (B, Ft, D), (B, Ft, 6, D)."""
+        embedder = self.condition_embedder
+        waves = embedder.timesteps_proj(timestep.flatten()).to(embedder.time_embedder.linear_1.weight.dtype)
+        temb = embedder.time_embedder(waves).to(self.dtype)
+        projected = embedder.time_proj(embedder.act_fn(temb))
+        return temb.unflatten(0, timestep.shape), projected.unflatten(0, timestep.shape).unflatten(-1, (6, -1))
+
+    def _rotary(self, position: Tensor, h: int, w: int) -> tuple[Tensor, Tensor]:
+        """cos and sin, (Ft, n, 1, head_dim / 2), of frames at the given temporal positions."""
+        rope = self.rope
+        limit = rope.freqs_cos.shape[0]
+        if int(position.max()) >= limit:
+            raise ValueError(f"frame {int(position.max())} is beyond rope_max_seq_len={limit}.")
+
+        def grid(freqs: Tensor) -> Tensor:
+            t, y, x = freqs[:, ::2].split([rope.t_dim // 2, rope.h_dim // 2, rope.w_dim // 2], 1)
+            shape = (len(position), h, w, -1)
+            axes = (t[position][:, None, None], y[:h][None, :, None], x[:w][None, None])
+            return torch.cat([a.expand(shape) for a in axes], -1).flatten(1, 2)[:, :, None]
+
+        return grid(rope.freqs_cos), grid(rope.freqs_sin)
+
+    def _unembed(self, x: Tensor, temb: Tensor, h: int, w: int) -> Tensor:
+        """(B, Ft, n, D) -> (B, Ft, C, h ph, w pw)."""
+        _, ph, pw = self.config["patch_size"]
+        shift, scale = (self.scale_shift_table[:, None] + temb[:, :, None].float()).chunk(2, 2)  # (B, Ft, 1, D)
+        out = self.proj_out((self.norm_out(x.float()) * (1 + scale) + shift).type_as(x))
+        out = out.unflatten(2, (h, w)).unflatten(-1, (ph, pw, -1))  # (B, Ft, h, w, ph, pw, C)
+        return out.permute(0, 1, 6, 2, 4, 3, 5).flatten(5).flatten(3, 4)
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """How frames lie side by side: `num_clean` clean ones, then `rows` times `num_noisy` noisy ones."""
+
+    num_clean: int
+    rows: int
+    num_noisy: int
+    window: int
+
+
+def _run_block(
+    block: Any,
+    x: Tensor,
+    modulation: Tensor,
+    rotary: tuple[Tensor, Tensor],
+    layout: _Layout,
+    past: LayerKV | None,
+    text: LayerKV,
+    image: LayerKV | None,
+) -> tuple[Tensor, LayerKV]:
+    """One `WanTransformerBlock` on frames (B, Ft, n, D); also the keys and values of the clean frames."""
+    # (B, Ft, 1, D) each, constant over a frame's tokens
+    shift, scale, gate, shift_f, scale_f, gate_f = (block.scale_shift_table + modulation.float()).chunk(6, 2)
+    hidden = (block.norm1(x.float()) * (1 + scale) + shift).type_as(x)
+    attn = block.attn1
+    q, k, v = attn.norm_q(attn.to_q(hidden)), attn.norm_k(attn.to_k(hidden)), attn.to_v(hidden)
+    q, k, v = (a.unflatten(-1, (attn.heads, -1)) for a in (q, k, v))  # (B, Ft, n, H, d)
+    q, k = _rotate(q, *rotary), _rotate(k, *rotary)
+    attended = _attend(q, k, v, past, layout)
+    x = (x.float() + attn.to_out[0](attended.flatten(-2)) * gate).type_as(x)
+
+    hidden = block.norm2(x.float()).type_as(x).flatten(1, 2)
+    x = x + _cross_attend(block.attn2, hidden, text, image).view_as(x)
+
+    hidden = (block.norm3(x.float()) * (1 + scale_f) + shift_f).type_as(x)
+    x = (x.float() + block.ffn(hidden).float() * gate_f).type_as(x)
+    return x, (k[:, : layout.num_clean], v[:, : layout.num_clean])
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, past: LayerKV | None, layout: _Layout) -> Tensor:
+    """Each frame over the clean frames in its window and itself. (B, Ft, n, H, d) -> the same.
+
+    Queries go in chunks of consecutive frames against the slice of clean keys that any of them sees, so the cost is
+    linear in the number of frames and nothing is gathered. A chunk of one frame needs no mask; small frames go several
+    at a time under a small banded one.
+    """
+    num_clean, rows, num_noisy, window = layout.num_clean, layout.rows, layout.num_noisy, layout.window
+    clean_k, clean_v = k[:, :num_clean], v[:, :num_clean]
+    if past is not None:
+        clean_k, clean_v = torch.cat([past[0].to(k.dtype), clean_k], 1), torch.cat([past[1].to(v.dtype), clean_v], 1)
+    cached = clean_k.shape[1] - num_clean
+    tokens = q.shape[2]
+    chunk = max(1, CHUNK_TOKENS // tokens)
+    outputs = []
+    for a in range(0, num_clean, chunk):
+        b = min(a + chunk, num_clean)
+        lo, hi = max(0, cached + a - window), cached + b
+        mask = None
+        if b - a > 1:
+            query, key = torch.arange(cached + a, cached + b)[:, None], torch.arange(lo, hi)
+            mask = _mask((key <= query) & (key >= query - window), tokens, q)
+        outputs.append(_sdpa(q[:, a:b], clean_k[:, lo:hi], clean_v[:, lo:hi], mask))
+    if not rows:
+        return torch.cat(outputs, 1)
+    own_q, own_k, own_v = (x[:, num_clean:].unflatten(1, (rows, num_noisy)) for x in (q, k, v))
+    noisy = []
+    for a in range(0, num_noisy, chunk):
+        b = min(a + chunk, num_noisy)
+        lo, hi = max(0, cached + a - window), cached + b - 1
+        query, key = torch.arange(cached + a, cached + b)[:, None], torch.arange(lo, hi)
+        mask = None
+        if b - a > 1:
+            own = torch.eye(b - a, dtype=torch.bool)
+            mask = _mask(torch.cat([(key < query) & (key >= query - window), own], 1), tokens, q)
+
+        def keys(clean: Tensor, own: Tensor, a: int = a, b: int = b, lo: int = lo, hi: int = hi) -> Tensor:
+            shared = clean[:, None, lo:hi].expand(-1, rows, -1, -1, -1, -1)
+            return torch.cat([shared, own[:, :, a:b]], 2).flatten(0, 1)  # (B rows, frames, n, H, d)
+
+        out = _sdpa(own_q[:, :, a:b].flatten(0, 1), keys(clean_k, own_k), keys(clean_v, own_v), mask)
+        noisy.append(out.unflatten(0, (-1, rows)))
+    outputs.append(torch.cat(noisy, 2).flatten(1, 2))
+    return torch.cat(outputs, 1)
+
+
+def _mask(seen: Tensor, tokens: int, like: Tensor) -> Tensor:
+    """Frames that see frames, (Fq, Fk) bool -> an additive mask over their tokens."""
+    bias = torch.zeros(seen.shape, dtype=like.dtype).masked_fill(~seen, float("-inf"))
+    return bias.repeat_interleave(tokens, 0).repeat_interleave(tokens, 1).to(like.device)
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """Frames of queries over frames of keys: (N, Fq, n, H, d), (N, Fk, n, H, d) -> (N, Fq, n, H, d)."""
+    heads_first = (x.flatten(1, 2).transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(*heads_first, attn_mask=mask).transpose(1, 2).reshape(q.shape)
+
+
+def _cross_attend(attn: Any, hidden: Tensor, text: LayerKV, image: LayerKV | None) -> Tensor:
+    """(B, tokens, D) over the prompt's tokens, and over the image's where there are any."""
+    q = attn.norm_q(attn.to_q(hidden)).unflatten(-1, (attn.heads, -1)).transpose(1, 2)
+    out = F.scaled_dot_product_attention(q, *text)
+    if image is not None:
+        out = out + F.scaled_dot_product_attention(q, *image)
+    return attn.to_out[0](out.transpose(1, 2).flatten(2))
+
+
+def _cross_kv(attn: Any, to_k: Any, to_v: Any, norm: Any, tokens: Tensor) -> LayerKV:
+    k, v = norm(to_k(tokens)), to_v(tokens)
+    k, v = (a.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for a in (k, v))
+    return k, v
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary position on neighbouring pairs, x (..., H, d)."""
+    a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2).type_as(x)

@@ -1,0 +1,31 @@
+"""Rewards: video in, numbers out. `make_rewards` makes them from names; a plugin subclasses `Reward`."""
+
+from ardrag_rl.rewards.aesthetic import Aesthetic
+from ardrag_rl.rewards.cotracker import CoTracker
+from ardrag_rl.rewards.motion import Motion, motion_distance
+from ardrag_rl.rewards.registry import WeightedReward, make_rewards, register_reward, reward_names
+from ardrag_rl.rewards.reward import BufferedSession, Reward, RewardError, RewardSession, check_scores
+from ardrag_rl.rewards.smoothness import DynamicDegree, Smoothness
+from ardrag_rl.rewards.tracker import TemplateTracker, Tracker, TrackerSession, Tracks
+
+__all__ = [
+    "Aesthetic",
+    "BufferedSession",
+    "CoTracker",
+    "DynamicDegree",
+    "Motion",
+    "Reward",
+    "RewardError",
+    "RewardSession",
+    "Smoothness",
+    "TemplateTracker",
+    "Tracker",
+    "TrackerSession",
+    "Tracks",
+    "WeightedReward",
+    "check_scores",
+    "make_rewards",
+    "motion_distance",
+    "register_reward",
+    "reward_names",
+]

@@ -1,0 +1,170 @@
+"""Aesthetic: how good a frame looks, after LAION's predictor (paper Eq. 15)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ardrag_rl.control import Control
+from ardrag_rl.rewards.registry import register_reward
+from ardrag_rl.rewards.reward import Reward
+
+TINY = Path(__file__).parent.parent / "assets" / "aesthetic"
+_MLP_WIDTHS = (1024, 128, 64, 16, 1)
+_MLP_INDICES = (0, 2, 4, 6, 7)  # the published keys `layers.i`; the gaps are dropouts
+
+
+@register_reward("aesthetic")
+class Aesthetic(Reward):
+    """An open_clip image tower and a head on its L2-normalised embeddings, Eq. 15.
+
+    The head gives the raw score s in [1, 10], and the reward is 1 + 4 (s - 1) / 9, the paper's 1 to 5.
+    The default is the embedded tiny model, which rates how degraded a 64x64 sprite frame is. LAION's predictor is the
+    same class with files that the user brings::
+
+        Aesthetic("ViT-L-14-quickgelu", weights="ViT-L-14.safetensors", head="sa_0_4_vit_l_14_linear.pth")
+
+    Models load in the first call; instances with the same files share one model in a process.
+
+    Args:
+        tower: a folder in open_clip's layout (open_clip_config.json and weights), or the name of an open_clip
+            architecture. OpenAI's weights need the names that end in "-quickgelu".
+        weights: a file for a named architecture; never downloaded.
+        head: a file (.safetensors, or .pth read with weights_only) with the keys `weight`, `bias` (linear) or
+            `layers.{0,2,4,6,7}.weight`, `.bias` (LAION's MLP without activations). None: the folder's head.safetensors.
+        device: where the tower runs.
+        batch_size: frames per forward pass.
+
+    Raises:
+        FileNotFoundError: at the first call, a file is missing.
+        ValueError: at the first call, the tower is unknown, or the head does not fit it.
+    """
+
+    memory = 0  # a frame is rated by itself
+
+    def __init__(
+        self,
+        tower: str | Path = TINY,
+        weights: str | Path | None = None,
+        head: str | Path | None = None,
+        device: str = "cpu",
+        batch_size: int = 256,
+    ) -> None:
+        self.tower, self.weights, self.head = str(tower), weights and str(weights), head and str(head)
+        self.device, self.batch_size = device, batch_size
+
+    def __call__(self, video: Tensor, controls: Sequence[Control]) -> Tensor:
+        """(B, T, 3, H, W) -> (B, T) in [1, 5]."""
+        return 1 + 4 * (self.rate(video.flatten(0, 1)) - 1).reshape(video.shape[:2]) / 9
+
+    @torch.inference_mode()
+    def rate(self, images: Tensor) -> Tensor:
+        """The raw scores s of images (N, 3, H, W) in [0, 1], (N,) clipped to [1, 10]."""
+        model = load_predictor(self.tower, self.weights, self.head, self.device)
+        scores = [model(chunk.float().to(self.device)).cpu() for chunk in images.split(self.batch_size)]
+        return torch.cat(scores).clip(1, 10).clone()
+
+    @staticmethod
+    def raw(reward: Tensor) -> Tensor:
+        """The raw score s in [1, 10] of a reward in [1, 5]: s = 1 + 9 (r - 1) / 4."""
+        return 1 + 9 * (reward - 1) / 4
+
+
+class Predictor(nn.Module):
+    """Images (N, 3, H, W) in [0, 1] -> raw scores (N,), not clipped."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, tower: nn.Module, head: nn.Module) -> None:
+        super().__init__()
+        self.tower, self.head = tower, head
+        config = tower.preprocess_cfg
+        assert isinstance(config, dict)
+        self.size = _pair(config["size"])
+        self.squash = config["resize_mode"] == "squash"
+        self.register_buffer("mean", torch.tensor(config["mean"])[:, None, None], persistent=False)
+        self.register_buffer("std", torch.tensor(config["std"])[:, None, None], persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = ((self._resize(images) - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
+        return self.head(F.normalize(self.tower(x), dim=-1)).squeeze(-1)
+
+    def _resize(self, images: Tensor) -> Tensor:
+        """To the tower's input: the shorter side fits and the middle is taken, as CLIP does; or squashed."""
+        have, (height, width) = images.shape[-2:], self.size
+        scale = max(height / have[0], width / have[1])
+        size = self.size if self.squash else (round(have[0] * scale), round(have[1] * scale))
+        if size != tuple(have):
+            images = F.interpolate(images, size, mode="bicubic", antialias=True, align_corners=False).clip(0, 1)
+        top, left = (size[0] - height) // 2, (size[1] - width) // 2
+        return images[..., top : top + height, left : left + width]
+
+
+@lru_cache(maxsize=4)
+def load_predictor(tower: str, weights: str | None, head: str | None, device: str) -> Predictor:
+    """The model of `Aesthetic`, frozen; one per process and set of files."""
+    import open_clip  # slow to import
+
+    folder = Path(tower)
+    if folder.is_dir():
+        if weights is not None:
+            raise ValueError(f"tower {tower} is a folder with its own weights; leave out weights={weights!r}.")
+        clip = open_clip.create_model(f"local-dir:{folder}", device=device)
+        head = head or str(folder / "head.safetensors")
+    else:
+        if tower not in open_clip.list_models():
+            raise ValueError(f"tower {tower!r} is neither a folder nor an open_clip architecture such as 'ViT-L-14'.")
+        if weights is None or head is None:
+            raise ValueError(f"tower {tower!r} needs weights= and head=, two local files; nothing is downloaded.")
+        _must_exist(weights)
+        clip = open_clip.create_model(tower, pretrained=weights, device=device)
+    model = Predictor(clip.visual, load_head(head)).to(device).eval()
+    return model.requires_grad_(False).to(memory_format=torch.channels_last)  # faster convolutions on a CPU
+
+
+def load_head(file: str | Path) -> nn.Module:
+    """LAION's linear head or MLP, or any of that form, (N, D) -> (N, 1).
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: its keys are of neither form.
+    """
+    _must_exist(file)
+    if str(file).endswith(".safetensors"):
+        from safetensors.torch import load_file
+
+        state = load_file(file)
+    else:
+        state = torch.load(file, map_location="cpu", weights_only=True)
+    if set(state) == {"weight", "bias"}:
+        linear = nn.Linear(state["weight"].shape[1], 1)
+        linear.load_state_dict(state)
+        return linear
+    expected = {f"layers.{i}.{kind}" for i in _MLP_INDICES for kind in ("weight", "bias")}
+    if set(state) != expected:
+        raise ValueError(
+            f"head {file} has the keys {', '.join(sorted(state))}: expected weight and bias, or "
+            f"{', '.join(sorted(expected))}."
+        )
+    mlp = nn.Sequential()
+    width = state["layers.0.weight"].shape[1]
+    for i, out in zip(_MLP_INDICES, _MLP_WIDTHS, strict=True):
+        mlp.add_module(str(i), nn.Linear(width, out))
+        width = out
+    mlp.load_state_dict({key.removeprefix("layers."): value for key, value in state.items()})
+    return mlp
+
+
+def _must_exist(file: str | Path) -> None:
+    if not Path(file).is_file():
+        raise FileNotFoundError(f"{file} does not exist: give a local file.")
+
+
+def _pair(size: int | Sequence[int]) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else (size[0], size[1])

@@ -1,0 +1,338 @@
+"""GRPOTrainer: GRPO on the video MDP, as a `transformers.Trainer`.
+
+What departs from the textbook (and from TRL):
+- advantages are per frame (Eq. 13), and by default only centred, not divided by a group's standard deviation;
+- only one denoising step per update is stochastic (AR-Drag's selective stochasticity), so only its transitions train;
+- the old log-probabilities are those recorded while acting; that the learner's one-pass replay agrees with them is
+  measured before every update and is an error where it does not.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections import defaultdict
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.torch
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, SequentialSampler
+from transformers import ProgressCallback, Trainer, TrainerCallback
+from transformers.utils import logging
+from trl.trainer.callbacks import SyncRefModelCallback
+
+from ardrag_rl.flow import GaussianStep
+from ardrag_rl.policies import VideoPolicy
+from ardrag_rl.rewards import RewardError, make_rewards
+from ardrag_rl.rollout import Rollout
+from ardrag_rl.training.advantages import compute_advantages, zero_spread
+from ardrag_rl.training.algorithms import get_algorithm
+from ardrag_rl.training.config import GRPOConfig, reward_spec
+from ardrag_rl.training.lora import add_lora, has_lora, lora_disabled, merged, trainable_state
+from ardrag_rl.training.progress import RewardProgress
+from ardrag_rl.training.stats import loss_stats
+from ardrag_rl.training.workers import (
+    EnvSpec,
+    LocalRollouts,
+    RayRollouts,
+    Rollouts,
+    RolloutSettings,
+    Unit,
+    UnitResult,
+    join_results,
+)
+
+logger = logging.get_logger(__name__)
+
+
+class GRPOTrainer(Trainer):
+    """Trains a policy on tasks against rewards.
+
+    Args:
+        policy: a `VideoPolicy`, or the name, folder or hub id of its pipeline.
+        args: `GRPOConfig()` by default.
+        tasks: a name, a manifest, a folder of clips, or a task source.
+        rewards: weights by name, or a list of names and `Reward` objects (weighted by `args.reward_weights`); None is
+            aesthetic and motion.
+        pipeline: of the environment; the policy's own by default.
+        callbacks, optimizers: as in `transformers.Trainer`.
+
+    Raises:
+        ValueError: an unknown loss, task, reward or pipeline; rewards weighted twice.
+    """
+
+    args: GRPOConfig
+    loss_is_scaled_for_ga = False  # compute_loss is the mean of a micro-batch; Trainer divides by their number
+
+    def __init__(
+        self,
+        policy: VideoPolicy | str | Path,
+        args: GRPOConfig | None = None,
+        tasks: Any = "sprites-hard",
+        rewards: Any = None,
+        pipeline: str | Path | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
+    ) -> None:
+        args = args if args is not None else GRPOConfig()
+        self._algorithm = get_algorithm(args.loss_type)
+        if not isinstance(policy, VideoPolicy):
+            pipeline = policy if pipeline is None else pipeline
+            policy = VideoPolicy.from_pretrained(policy)
+        pipeline = pipeline if pipeline is not None else policy.source
+        if pipeline is None:
+            raise ValueError("the policy does not say which pipeline it is of; pass pipeline= for the environment.")
+        terms = make_rewards(reward_spec(rewards, args.reward_weights))
+        self.env = EnvSpec(pipeline, tasks, terms, args.num_frames, args.height, args.width, str(args.device))
+        if args.gradient_checkpointing:  # diffusers' own; Trainer knows transformers' only
+            policy.transformer.enable_gradient_checkpointing()  # type: ignore[attr-defined]
+            args.gradient_checkpointing = args.activation_checkpointing = False
+        if args.use_peft:
+            add_lora(policy, args.lora_r, args.lora_alpha, args.lora_target_modules)
+        self._reference: VideoPolicy | None = None
+        if args.beta and not has_lora(policy):
+            self._reference = copy.deepcopy(policy).requires_grad_(False).eval()
+        super().__init__(
+            model=policy,
+            args=args,
+            data_collator=lambda videos: {"video": torch.tensor(videos)},
+            train_dataset=_Videos(args),
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+        if self._reference is not None:
+            self._reference.to(args.device)
+        if args.sync_ref_model:
+            if self._reference is None:
+                raise ValueError("sync_ref_model=True needs a reference of its own: beta > 0 and use_peft=False.")
+            self.add_callback(SyncRefModelCallback(self._reference, self.accelerator))
+        if not args.disable_tqdm:
+            self.remove_callback(ProgressCallback)
+            self.add_callback(RewardProgress())
+        assert args.num_generations is not None and args.rollout_threads is not None
+        settings = RolloutSettings(
+            num_generations=args.num_generations,
+            share_noise=args.share_noise,
+            log_prob_reduction=args.log_prob_reduction,
+            threads=args.rollout_threads,
+            bf16=bool(args.bf16),
+            skip_failures=args.on_reward_error == "skip",
+        )
+        self.rollouts: Rollouts = (
+            RayRollouts(self.env, settings, args.rollout_workers)
+            if args.rollout_workers
+            else LocalRollouts(self.env, settings)
+        )
+        self._step: int | None = None  # micro-batches so far, over all updates
+        self._buffer: list[Rollout] = []
+        self._metrics: dict[str, list[float]] = defaultdict(list)
+
+    @property
+    def policy(self) -> VideoPolicy:
+        """The policy being trained, without what data parallelism wraps around it."""
+        return self.accelerator.unwrap_model(self.model)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As in `transformers.Trainer`. Where a reward fails, a checkpoint is saved before the error goes on.
+
+        A resumed run equals an uninterrupted one where the checkpoint fell between two generations, as it always does
+        while num_iterations is 1 and steps_per_generation is gradient_accumulation_steps.
+        """
+        self._step, self._buffer = None, []
+        try:
+            return super().train(*args, **kwargs)
+        except RewardError as error:
+            self._save_checkpoint(self.model_wrapped, trial=None)
+            folder = Path(self.args.output_dir or ".") / f"checkpoint-{self.state.global_step}"
+            error.add_note(f"The run stopped; its checkpoint is saved in {folder}. To go on: resume_from_checkpoint.")
+            raise
+        finally:
+            self.rollouts.close()
+
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        """One micro-batch forward and backward."""
+        if self._step is None:
+            self._step = self.state.global_step * self.args.gradient_accumulation_steps
+        start = time.perf_counter()
+        before = sum(self._metrics["seconds/generation"])
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        spent = time.perf_counter() - start - (sum(self._metrics["seconds/generation"]) - before)
+        self._metrics["seconds/micro_batch"].append(spent)
+        self._step += 1
+        return loss
+
+    def _prepare_inputs(self, inputs: Any) -> Any:
+        """The next micro-batch of the buffer, which is refilled every steps_per_generation * num_iterations."""
+        assert self._step is not None
+        generation, step = divmod(self._step, self._generate_every)
+        if step == 0 or not self._buffer:
+            start = time.perf_counter()
+            self._buffer = self._generate(generation)
+            self._metrics["seconds/generation"].append(time.perf_counter() - start)
+        return self._buffer[step % len(self._buffer)].to(self.args.device)
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The algorithm's loss on one micro-batch; `model(...)` is called, so that gradients sync."""
+        rollout: Rollout = inputs
+        steps: GaussianStep = model(rollout)
+        stats = loss_stats(steps, rollout, self.args)
+        assert self._step is not None
+        if self._step % self._generate_every < self.args.gradient_accumulation_steps:  # the policy that acted
+            self._gate(float(stats.drift_max))
+            self._metrics["before_update/ratio"].append(float(stats.ratio_mean))
+            self._metrics["before_update/drift_mean"].append(float(stats.drift_mean))
+            self._metrics["before_update/drift_max"].append(float(stats.drift_max))
+        for field in fields(stats):
+            value = getattr(stats, field.name)
+            if value is not None and not field.name.startswith("drift"):
+                self._metrics[field.name].append(float(value))
+        loss = self._algorithm(steps, rollout, self.args)
+        return (loss, steps) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the means of what was measured since the last log."""
+        means = {name: float(np.mean(values)) for name, values in sorted(self._metrics.items()) if values}
+        if means and self.accelerator.num_processes > 1:
+            vector = torch.tensor(list(means.values()), device=self.accelerator.device)
+            means = dict(zip(means, self.accelerator.reduce(vector, "mean").tolist(), strict=True))
+        super().log({**logs, **means}, start_time)
+        self._metrics.clear()
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """A whole pipeline, adapters merged, that `VideoPolicy.from_pretrained` loads.
+
+        Checkpoints (internal calls) hold only what training changes; they belong to the pipeline they began with.
+        """
+        if _internal_call:
+            super().save_model(output_dir, _internal_call)
+        elif self.args.should_save:
+            merged(self.policy).save_pretrained(output_dir or self.args.output_dir or ".")
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        if self.args.should_save:
+            folder = Path(output_dir or self.args.output_dir or ".")
+            folder.mkdir(parents=True, exist_ok=True)
+            state = state_dict if state_dict is not None else trainable_state(self.policy)
+            tensors = {name: value.detach().cpu().contiguous() for name, value in state.items()}
+            safetensors.torch.save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        if load_result.unexpected_keys:
+            raise ValueError(
+                f"the checkpoint has weights the policy lacks, {load_result.unexpected_keys[0]!r} the first: resume "
+                "with the pipeline and LoRA settings it was made with."
+            )
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
+        return SequentialSampler(_Videos(self.args))
+
+    @property
+    def _generate_every(self) -> int:
+        assert self.args.steps_per_generation is not None
+        return self.args.steps_per_generation * self.args.num_iterations
+
+    def _gate(self, drift: float) -> None:
+        """Before the update the ratio is 1: the replay must give the log-probabilities that were recorded."""
+        if drift <= self.args.ratio_tolerance:
+            return
+        message = (
+            f"before the update |log p - recorded| is {drift:.2e}, above ratio_tolerance="
+            f"{self.args.ratio_tolerance:.0e}: the learner's replay is not the policy that acted, and clipping would "
+            "clip its error."
+        )
+        if not self.args.bf16 and next(self.policy.parameters()).dtype == torch.float32:
+            raise RuntimeError(message + " Look for dropout, another dtype, or weights that changed in between.")
+        logger.warning_once(message + " In low precision this is expected; keep epsilon well above it.")
+
+    def _generate(self, generation: int) -> list[Rollout]:
+        """Rolls out this process's groups and returns them as scored micro-batches."""
+        args, count = self.args, self.args.groups_per_generation
+        assert args.steps_per_generation is not None and args.num_generations is not None
+        first = args.process_index * count
+        groups = tuple(range(first, first + count))
+        positions = tuple(generation * count * args.world_size + g for g in groups)
+        plan = args.plan(generation, self.policy.schedule.num_steps)
+        n = args.groups_per_batch
+        units = [
+            Unit((args.seed, generation), plan, groups[i : i + n], positions[i : i + n]) for i in range(0, count, n)
+        ]
+        result = join_results(self.rollouts.run(units, self.policy))
+        self._metrics["failed_groups"].append(float(len(result.failures)))
+        if result.rollout is None:
+            raise RewardError(f"every group of update {generation} failed; the first said: {result.failures[0]}")
+        rollout = result.rollout
+        advantages = compute_advantages(rollout.rewards, rollout.groups, args.scale_rewards, args.credit)  # type: ignore[arg-type]
+        self._record(result, advantages, plan.scored[0])
+        rollout = _fill(replace(rollout, advantages=advantages), count * args.num_generations)
+        order = np.random.default_rng([args.seed, generation]).permutation(len(rollout))
+        parts = [rollout.select(part.tolist()) for part in np.array_split(order, args.steps_per_generation)]
+        return [replace(part, ref_steps=self._reference_steps(part)) for part in parts] if args.beta else parts
+
+    @torch.no_grad()
+    def _reference_steps(self, rollout: Rollout) -> GaussianStep:
+        with self.accelerator.autocast():
+            if self._reference is not None:
+                steps = self._reference(rollout)
+            else:
+                with lora_disabled(self.policy):
+                    steps = self.policy(rollout)
+        return GaussianStep(steps.mean.cpu(), torch.as_tensor(steps.std).cpu())
+
+    def _record(self, result: UnitResult, advantages: Tensor, step: int) -> None:
+        """What a generation is worth, into the log."""
+        rollout, log = result.rollout, self._metrics
+        assert rollout is not None
+        for name, values in rollout.reward_terms.items():
+            counted = values[result.counted[name]]
+            if len(counted):
+                log[f"rewards/{name}/mean"].append(float(counted.mean()))
+                log[f"rewards/{name}/std"].append(float(counted.std(correction=0)))
+        # beside every reward, against those that still videos earn
+        log["dynamic_degree"].append(float(result.dynamic_degree.mean()))
+        log["reward"].append(float(rollout.rewards.mean()))
+        log["reward_std"].append(float(torch.stack([g.std(0) for g in _by_group(rollout)]).mean()))
+        log["frac_reward_zero_std"].append(float(zero_spread(rollout.rewards, rollout.groups)))
+        log["advantage_abs"].append(float(advantages.abs().mean()))
+        log["stochastic_step"].append(float(step))
+        log["seconds/policy"].append(result.timings.policy)
+        log["seconds/env"].append(result.timings.env)
+        log["videos_per_second"].append(len(rollout) / max(result.timings.policy + result.timings.env, 1e-9))
+
+
+class _Videos(Dataset[int]):
+    """As many entries as the run takes videos: Trainer counts its steps by it, nothing reads it."""
+
+    def __init__(self, args: GRPOConfig) -> None:
+        videos = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+        self._length = args.max_steps * videos
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, index: int) -> int:
+        return index
+
+
+def _fill(rollout: Rollout, size: int) -> Rollout:
+    """Fills the places of dropped groups with copies of the first video that count nothing.
+
+    All processes then have micro-batches of one size; the others weigh more, so that the loss is the mean over them.
+    """
+    missing = size - len(rollout)
+    if not missing:
+        return rollout
+    assert rollout.advantages is not None
+    weight = torch.cat([torch.full((len(rollout),), size / len(rollout)), torch.zeros(missing)])
+    filled = rollout.select([*range(len(rollout)), *[0] * missing])
+    assert filled.advantages is not None
+    return replace(filled, advantages=filled.advantages * weight[:, None])
+
+
+def _by_group(rollout: Rollout) -> list[Tensor]:
+    return [rollout.rewards[rollout.groups == g] for g in rollout.groups.unique()]
