@@ -56,7 +56,9 @@ class Codec:
         name = read_json(path / "vae" / "config.json").get("_class_name", "")
         vae_class = getattr(diffusers, name, None) if str(name).startswith("Autoencoder") else None
         if vae_class is None:
-            raise ValueError(f"vae/config.json of {str(path)!r} names the class {name!r}: expected a diffusers autoencoder.")
+            raise ValueError(
+                f"vae/config.json of {str(path)!r} names the class {name!r}: expected a diffusers autoencoder."
+            )
         vae = vae_class.from_pretrained(path / "vae", use_safetensors=True)
         text_encoder = AutoModelForTextEncoding.from_pretrained(path / "text_encoder", use_safetensors=True)
         return cls(vae, text_encoder, AutoTokenizer.from_pretrained(path / "tokenizer"), device)

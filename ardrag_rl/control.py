@@ -53,7 +53,9 @@ class Control:
             )
         visible = intensity > 0 if self.visible is None else torch.as_tensor(self.visible).bool()
         if visible.shape != intensity.shape:
-            raise ValueError(f"visible has shape {tuple(visible.shape)}: expected {tuple(intensity.shape)} like points.")
+            raise ValueError(
+                f"visible has shape {tuple(visible.shape)}: expected {tuple(intensity.shape)} like points."
+            )
         object.__setattr__(self, "points", points)
         object.__setattr__(self, "image", image)
         object.__setattr__(self, "visible", visible)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -62,7 +63,7 @@ class Schedule:
             raise ValueError(
                 f"timesteps={steps}: expected at least one, the first 1000 (pure noise) and the last above 0."
             )
-        if any(a <= b for a, b in zip(steps, steps[1:], strict=False)):
+        if any(a <= b for a, b in pairwise(steps)):
             raise ValueError(f"timesteps={steps}: expected strictly decreasing values; sort them from 1000 down.")
 
     @property
@@ -172,11 +173,16 @@ class Kernel:
         Raises:
             ValueError: not 0 <= t_next < t <= 1, or an Euler SDE is asked for the step to t_next=0.
         """
-        t, u = torch.broadcast_tensors(
-            torch.as_tensor(t, dtype=torch.float32), torch.as_tensor(t_next, dtype=torch.float32)
-        )
-        if not ((u >= 0) & (u < t) & (t <= 1)).all():
-            raise ValueError(f"noise levels t={t.tolist()}, t_next={u.tolist()}: expected 0 <= t_next < t <= 1.")
+        level, level_next = (torch.as_tensor(a, dtype=torch.float32) for a in (t, t_next))
+        level, level_next = torch.broadcast_tensors(level, level_next)
+        if not ((level_next >= 0) & (level_next < level) & (level <= 1)).all():
+            raise ValueError(
+                f"noise levels t={level.tolist()}, t_next={level_next.tolist()}: expected 0 <= t_next < t <= 1."
+            )
+        return self._coefficients(level, level_next)
+
+    def _coefficients(self, t: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+        """The table, with u for t'."""
         h, zero = t - u, torch.zeros_like(t)
         if self.name == "ode":
             return u, zero
@@ -188,8 +194,8 @@ class Kernel:
             return u * cos, u * math.sin(self.eta * math.pi / 2)
         if (u == 0).any():
             raise ValueError(
-                f"{self.name!r} cannot take the last step (t_next=0): an Euler SDE would leave noise in the clean frame. "
-                "Use 'ode', 'cps' or 'renoise' there (Plan.selective and Plan.every do)."
+                f"{self.name!r} cannot take the last step (t_next=0): an Euler SDE would leave noise in the clean "
+                "frame. Use 'ode', 'cps' or 'renoise' there (Plan.selective and Plan.every do)."
             )
         if self.name == "dance_sde":
             return u - self.eta**2 * h / (2 * t), self.eta * h.sqrt()
@@ -201,13 +207,12 @@ class Kernel:
 
         Args:
             x, v: (..., C, h, w).
-            t, t_next: floats, or tensors that broadcast against (...), one level per latent.
+            t, t_next: floats, or tensors that broadcast against (...), one level per latent; or against x itself.
         """
         level = torch.as_tensor(t, dtype=torch.float32, device=x.device)
         level_next = torch.as_tensor(t_next, dtype=torch.float32, device=x.device)
         c, s = self.coefficients(level, level_next)
-        if c.ndim:
-            level, level_next, c, s = (_per_latent(a, x) for a in (level, level_next, c, s))
+        level, level_next, c, s = (_per_latent(a, x) for a in (level, level_next, c, s))
         x, v = x.float(), v.float()
         mean = (1 - level_next) * predict_x0(x, v, level) + c * predict_eps(x, v, level)
         return GaussianStep(mean, s)
@@ -242,8 +247,12 @@ def randn(
 
 
 def _per_latent(a: Tensor, x: Tensor) -> Tensor:
-    """(...) -> (..., 1, 1, 1), against x (..., C, h, w)."""
-    return a.reshape(*a.shape, *(1 for _ in range(x.ndim - a.ndim)))
+    """Levels (...) -> (..., 1, 1, 1), against x (..., C, h, w); as many dimensions as x are left as they are."""
+    if a.ndim in (0, x.ndim):
+        return a
+    if a.ndim > x.ndim - len(LATENT_DIMS):
+        raise ValueError(f"noise levels of shape {tuple(a.shape)} do not fit latents {tuple(x.shape)}: one per latent.")
+    return a.reshape(*a.shape, *(1 for _ in LATENT_DIMS))
 
 
 def _reduce(x: Tensor, reduction: Reduction) -> Tensor:

@@ -1,6 +1,6 @@
 """Where a pipeline lies: the diffusers folder layout, by name, folder or hub id.
 
-    model_index.json  transformer/  vae/  text_encoder/  tokenizer/  scheduler/
+The layout is `model_index.json` beside `transformer/`, `vae/`, `text_encoder/`, `tokenizer/` and `scheduler/`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,9 @@ def pipeline_path(name: str | Path) -> Path:
     folder = Path(name).expanduser()
     if folder.is_dir():
         if not (folder / "model_index.json").is_file():
-            raise ValueError(f"the folder {str(name)!r} has no model_index.json: expected a pipeline in diffusers layout.")
+            raise ValueError(
+                f"the folder {str(name)!r} has no model_index.json: expected a pipeline in diffusers layout."
+            )
         return folder
     if isinstance(name, str) and name.count("/") == 1 and not name.startswith((".", "/", "~")):
         from huggingface_hub import snapshot_download
@@ -43,8 +45,8 @@ def pipeline_path(name: str | Path) -> Path:
                 f"pipeline {name!r} is neither a folder here nor could it be had from the hub ({error})."
             ) from error
     raise ValueError(
-        f"pipeline {str(name)!r} is unknown: expected an embedded one ({', '.join(embedded) or 'none'}), a folder with a "
-        "model_index.json, or a hub id 'owner/name'."
+        f"pipeline {str(name)!r} is unknown: expected an embedded one ({', '.join(embedded) or 'none'}), a folder with "
+        "a model_index.json, or a hub id 'owner/name'."
     )
 
 

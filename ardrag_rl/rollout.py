@@ -43,7 +43,9 @@ class Plan:
     def selective(cls, step: int, kernel: Kernel | str, others: Kernel | str = "ode", num_steps: int = 3) -> Plan:
         """One stochastic step, 0 <= step < N-1 (AR-Drag); the others follow `ode`, or `renoise` unscored."""
         if not 0 <= step < num_steps - 1:
-            raise ValueError(f"stochastic step {step}: expected 0 <= step < {num_steps - 1}; the last step has no noise.")
+            raise ValueError(
+                f"stochastic step {step}: expected 0 <= step < {num_steps - 1}; the last step has no noise."
+            )
         kernels = [_kernel(others)] * num_steps
         kernels[step] = _kernel(kernel)
         return cls(tuple(kernels), (step,))

@@ -131,7 +131,10 @@ def train_base(args: PretrainArguments, pipeline: Path) -> None:
         ffn_dim=8 * args.dim // 3,
         num_layers=args.layers,
         window=args.window,
+        prediction_type="sample",  # 16 tokens a frame carry as many numbers as the model is wide
     )
+    torch.nn.init.zeros_(model.proj_out.weight)
+    torch.nn.init.zeros_(model.proj_out.bias)
     policy = VideoPolicy(model, hub.load_schedule(pipeline), pipeline)
     _compile(args)
     fit(args, "base", FlowMatching(policy), data, args.base_steps, args.base_batch, args.base_lr)
@@ -156,8 +159,11 @@ def _clips(args: PretrainArguments, pipeline: Path) -> tuple[Codec, LatentClips]
 
 
 def _compile(args: PretrainArguments) -> None:
+    """Compiles the block for training only: in rollouts the cache grows, and every length would be compiled anew."""
     if args.compile:
-        transformer._run_block = torch.compile(transformer._run_block)
+        eager = transformer._run_block
+        compiled = torch.compile(eager, dynamic=False)
+        transformer._run_block = lambda *a: (compiled if torch.is_grad_enabled() else eager)(*a)
 
 
 def fit(

@@ -90,33 +90,40 @@ class FlowMatching(nn.Module):
     """Block-causal flow matching (Eq. 7 on a causal model): clean history, every frame at its own noise level.
 
     Args:
-        policy: its transformer is trained; its schedule gives the levels that three of four samples are drawn at.
+        policy: its transformer is trained; three of four noise levels are the schedule's, the others lie between them.
         history_noise: at most this much noise is mixed into the history, so that small errors do not add up.
+        text_dropout: share of videos that see no prompt.
+        rows: noisy versions of each video that share one pass over its clean history.
     """
 
-    def __init__(self, policy: VideoPolicy, history_noise: float = 0.1, text_dropout: float = 0.1) -> None:
+    def __init__(
+        self, policy: VideoPolicy, history_noise: float = 0.1, text_dropout: float = 0.1, rows: int = 1
+    ) -> None:
         super().__init__()
-        self.policy, self.history_noise, self.text_dropout = policy, history_noise, text_dropout
+        self.policy, self.history_noise, self.text_dropout, self.rows = policy, history_noise, text_dropout, rows
 
     def forward(self, latents: Tensor, trajectory: Tensor, text: Tensor) -> dict[str, Tensor]:
         """latents, trajectory: (B, F, C, h, w); text: (B, L, D)."""
         batch, frames = latents.shape[:2]
         text = text * (torch.rand(batch, 1, 1, device=text.device) > self.text_dropout)
         levels = torch.tensor(self.policy.schedule.levels[:-1], device=latents.device)
-        t = levels[torch.randint(len(levels), (batch, frames), device=latents.device)]
-        t = torch.where(torch.rand_like(t) < 0.25, torch.rand_like(t).clamp(min=0.02), t)
-        reference, eps = reference_of(latents), torch.randn_like(latents)
-        x = interpolate(latents, eps, t[..., None, None, None])
+        t = levels[torch.randint(len(levels), (batch, self.rows, frames), device=latents.device)]
+        between = levels[-1] + (1 - levels[-1]) * torch.rand_like(t)
+        t = torch.where(torch.rand_like(t) < 0.25, between, t)
+        shape = (-1, self.rows, *(-1,) * 4)
+        reference, target = reference_of(latents), latents[:, None].expand(shape)  # (B, rows, F, C, h, w)
+        eps = torch.randn_like(target)
+        x = interpolate(target, eps, t[..., None, None, None])
         noise = self.history_noise * torch.rand(batch, 1, 1, 1, 1, device=latents.device)
         history = latents + noise * torch.randn_like(latents)
         model = self.policy.transformer
         v, _ = model(
             model.encode_context(text),
             self.policy.frame_inputs(history, reference, trajectory)[:, :-1],
-            self.policy.frame_inputs(x, reference, trajectory)[:, None],
-            1000 * t[:, None],
+            self.policy.frame_inputs(x, reference[:, None].expand(shape), trajectory[:, None].expand(shape)),
+            1000 * t,
         )
-        return {"loss": (v[:, 0].float() - velocity(latents, eps)).square().mean()}
+        return {"loss": (v.float() - velocity(target, eps)).square().mean()}
 
 
 class OwnRollouts(nn.Module):

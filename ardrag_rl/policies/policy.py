@@ -22,12 +22,21 @@ class VideoPolicy(nn.Module):
         transformer: predicts velocities.
         schedule: the N noise levels of a frame.
         source: the pipeline folder it came from; `save_pretrained` copies the other components from there.
+
+    Raises:
+        ValueError: the transformer has too few input channels to take a control.
     """
 
     def __init__(
         self, transformer: CausalWanTransformer3DModel, schedule: Schedule | None = None, source: Path | None = None
     ) -> None:
         super().__init__()
+        channels, given = int(transformer.config["out_channels"]), int(transformer.config["in_channels"])
+        if given <= 3 * channels:
+            raise ValueError(
+                f"the transformer takes in_channels={given}: expected more than {3 * channels}, that is {channels} "
+                "each of latent, reference and trajectory, and a mask. Widen its patch embedding by zeros."
+            )
         self.transformer = transformer
         self.schedule = schedule or Schedule()
         self.source = source
@@ -42,6 +51,7 @@ class VideoPolicy(nn.Module):
             ValueError: the pipeline is unknown or its files do not fit together.
         """
         path = hub.pipeline_path(pipeline)
+        hub.read_json(path / "transformer" / "config.json")  # a missing one is otherwise looked for on the hub
         transformer = CausalWanTransformer3DModel.from_pretrained(
             path / "transformer", torch_dtype=dtype, use_safetensors=True
         )
@@ -133,4 +143,3 @@ class VideoPolicy(nn.Module):
         ]
         std = torch.stack([torch.as_tensor(step.std, device=self.device) for step in steps])
         return GaussianStep(torch.stack([step.mean for step in steps], 2), std[:, None, None, None])
-

@@ -34,8 +34,13 @@ class _History:
 
     @classmethod
     def of(cls, obs: Mapping[str, Tensor], frame: int) -> _History:
-        past = (obs[key][:, :frame] for key in ("latents", "trajectory", "reference"))
-        return cls(*past, obs["text"], obs.get("image"))
+        latents, trajectory, reference = (obs[key][:, :frame] for key in ("latents", "trajectory", "reference"))
+        return cls(latents, trajectory, reference, obs["text"], obs.get("image"))
+
+    def clone(self) -> _History:
+        parts = (self.latents, self.trajectory, self.reference, self.text)
+        latents, trajectory, reference, text = (a.clone() for a in parts)
+        return _History(latents, trajectory, reference, text, None if self.image is None else self.image.clone())
 
     def same_prompt(self, other: _History) -> bool:
         if (self.image is None) != (other.image is None):
@@ -128,13 +133,9 @@ class Session:
         if old is None or known > frame or not old.same_prompt(new) or not old.same_frames(_History.of(state, known)):
             self._cache, known = self.policy.transformer.new_cache(), 0
         if known < frame:
-            inputs = self.policy.frame_inputs(
-                *(a[:, known:] for a in (new.latents, new.reference, new.trajectory)), first=known
-            )
+            latents, reference, trajectory = (a[:, known:] for a in (new.latents, new.reference, new.trajectory))
+            inputs = self.policy.frame_inputs(latents, reference, trajectory, first=known)
             _, entries = self.policy.transformer(self._context, inputs, cache=self._cache)
             self._cache = self._cache.append(entries)
         if old is None or known != frame or old.latents.shape[1] != frame or not old.same_prompt(new):
-            # clones: the caller may write into the arrays it observed
-            parts = (new.latents, new.trajectory, new.reference, new.text)
-            image = None if new.image is None else new.image.clone()
-            self._history = _History(*(a.clone() for a in parts), image)
+            self._history = new.clone()  # the caller may write into the arrays it observed

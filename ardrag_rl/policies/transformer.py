@@ -7,12 +7,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers import WanTransformer3DModel
 from diffusers.configuration_utils import register_to_config
+from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
 from torch import Tensor
 
 from ardrag_rl.policies.cache import Cache, FrameEntry, LayerKV, RollingCache
-
 
 CHUNK_TOKENS = 256  # queries of consecutive frames that share one attention call
 
@@ -34,11 +33,14 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
     """`WanTransformer3DModel` with block-causal attention; parameters and their names are diffusers' own.
 
     One rule for everything: a frame, clean or noisy, attends to itself and to the last `window` *clean* frames before
-    it. A denoising step is one noisy frame against a cache; writing the cache is one clean frame; a rebuild is all clean
-    frames at once; a replay is [clean frames | noisy frames] in one pass.
+    it. A denoising step is one noisy frame against a cache; writing the cache is one clean frame; a rebuild is all
+    clean frames at once; a replay is [clean frames | noisy frames] in one pass.
 
     Args:
         window: clean frames a frame can look back on.
+        prediction_type: what the last layer predicts (diffusers' names): "flow_prediction", the velocity, as Wan does; or
+            "sample", x0_hat, from which the velocity is (x - x0_hat) / t. A model narrower than its patches cannot pass
+            their noise through, which a velocity asks for.
         others: as in diffusers. `in_channels` = C latent + r mask + C reference + C trajectory channels.
     """
 
@@ -62,6 +64,7 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
         rope_max_seq_len: int = 1024,
         pos_embed_seq_len: int | None = None,
         window: int = 7,
+        prediction_type: str = "flow_prediction",
     ) -> None:
         super().__init__(
             patch_size=patch_size,
@@ -83,6 +86,8 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
         )
         if patch_size[0] != 1:
             raise ValueError(f"patch_size={tuple(patch_size)}: a causal model needs a temporal patch of 1.")
+        if prediction_type not in ("flow_prediction", "sample"):
+            raise ValueError(f"prediction_type={prediction_type!r}: expected 'flow_prediction' or 'sample'.")
         if window < 1:
             raise ValueError(f"window={window}: expected at least one frame.")
 
@@ -93,15 +98,13 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
     def encode_context(self, text: Tensor, image: Tensor | None = None) -> Context:
         """Prompt embeddings (B, L, D) and image tokens (B, L', D') -> what cross-attention reads."""
         embedder = self.condition_embedder
+        attentions: list[Any] = [block.attn2 for block in self.blocks]
         hidden = embedder.text_embedder(text.to(self.dtype))
-        texts = tuple(_cross_kv(b.attn2, b.attn2.to_k, b.attn2.to_v, b.attn2.norm_k, hidden) for b in self.blocks)
+        texts = tuple(_cross_kv(a, a.to_k, a.to_v, a.norm_k, hidden) for a in attentions)
         if image is None or embedder.image_embedder is None:
             return Context(texts)
         tokens = embedder.image_embedder(image.to(self.dtype))
-        images = tuple(
-            _cross_kv(b.attn2, b.attn2.add_k_proj, b.attn2.add_v_proj, b.attn2.norm_added_k, tokens)
-            for b in self.blocks
-        )
+        images = tuple(_cross_kv(a, a.add_k_proj, a.add_v_proj, a.norm_added_k, tokens) for a in attentions)
         return Context(texts, images)
 
     def forward(  # type: ignore[override]
@@ -160,13 +163,14 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
             x, kv = self._gradient_checkpointing_func(_run_block, *args) if checkpoint else _run_block(*args)
             entries.append(kv)
         layers = tuple(entries)
-        frame_entries = tuple(
-            FrameEntry(tuple((k[:, i], v[:, i]) for k, v in layers)) for i in range(num_clean)
-        )
+        frame_entries = tuple(FrameEntry(tuple((k[:, i], v[:, i]) for k, v in layers)) for i in range(num_clean))
         if noisy is None:
             return None, frame_entries
-        velocity = self._unembed(x[:, num_clean:], temb[:, num_clean:], h, w)
-        return velocity.unflatten(1, (rows, num_noisy)), frame_entries
+        output = self._unembed(x[:, num_clean:], temb[:, num_clean:], h, w).unflatten(1, (rows, num_noisy))
+        if self.config["prediction_type"] == "sample":
+            level = (steps[:, num_clean:] / 1000).view(batch, rows, num_noisy, 1, 1, 1)
+            output = (noisy[..., : output.shape[3], :, :].float() - output.float()) / level
+        return output, frame_entries
 
     def _embed_patches(self, frames: Tensor) -> Tensor:
         """(B, Ft, C_in, h, w) -> (B, Ft, n, D). A patch convolution is a matrix product, and faster as one."""
@@ -185,7 +189,7 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
 
     def _rotary(self, position: Tensor, h: int, w: int) -> tuple[Tensor, Tensor]:
         """cos and sin, (Ft, n, 1, head_dim / 2), of frames at the given temporal positions."""
-        rope = self.rope
+        rope: Any = self.rope
         limit = rope.freqs_cos.shape[0]
         if int(position.max()) >= limit:
             raise ValueError(f"frame {int(position.max())} is beyond rope_max_seq_len={limit}.")
@@ -300,8 +304,8 @@ def _mask(seen: Tensor, tokens: int, like: Tensor) -> Tensor:
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """Frames of queries over frames of keys: (N, Fq, n, H, d), (N, Fk, n, H, d) -> (N, Fq, n, H, d)."""
-    heads_first = (x.flatten(1, 2).transpose(1, 2) for x in (q, k, v))
-    return F.scaled_dot_product_attention(*heads_first, attn_mask=mask).transpose(1, 2).reshape(q.shape)
+    queries, keys, values = (x.flatten(1, 2).transpose(1, 2) for x in (q, k, v))  # (N, H, tokens, d)
+    return F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask).transpose(1, 2).reshape(q.shape)
 
 
 def _cross_attend(attn: Any, hidden: Tensor, text: LayerKV, image: LayerKV | None) -> Tensor:

@@ -1,0 +1,400 @@
+"""What the design buys, as ratios measured in one run: two ways to the same result, side by side on the same machine.
+
+    python experiments/benchmark.py                                 about two minutes on two cores
+    python experiments/benchmark.py --pipeline path/to/pipeline --only replay --repeats 9
+
+- cache: a video denoised with the KV cache, against recomputing all earlier frames at every step.
+- replay: forward and backward through every scored transition of a rollout in one block-causal pass, against going
+  frame by frame as the rollout did, the graph kept through the cache. For one group, and for a micro-batch of the
+  default configuration. Both sides give the same gradient: the benchmark stops where they do not.
+- group: a group of videos rolled out in one batch, against one after another; and the environment alone.
+- outside: the share of a rollout's time that is neither transformer nor codec, and what it is spent on.
+- growth: the time of frame 64 against frame 8, in one long rollout with a rolling cache.
+
+The two sides of a ratio take turns, after a warm-up, and a ratio is one of medians; beside it stand the quartiles of
+the ratios of the turns. Absolute times say something about the machine only. Writes benchmark.json and benchmark.md.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import platform
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+from trl import TrlParser
+
+from ardrag_rl.envs import ARDragEnv, ARDragVectorEnv
+from ardrag_rl.envs.mdp import Episodes
+from ardrag_rl.flow import GaussianStep, Kernel
+from ardrag_rl.hub import write_json
+from ardrag_rl.policies import Session, VideoPolicy
+from ardrag_rl.policies.generate import generate_latents
+from ardrag_rl.rollout import Plan, Rollout
+from ardrag_rl.training.collect import collect
+from ardrag_rl.training.config import GRPOConfig
+
+PLAN = Plan.selective(0, Kernel("cps", 0.6))
+PARTS = ("cache", "replay", "group", "outside", "growth")
+
+
+@dataclass
+class BenchmarkArguments:
+    """What is measured, on what."""
+
+    pipeline: str = field(default="tiny", metadata={"help": "An embedded pipeline, a folder, or a hub id."})
+    tasks: str = field(default="sprites-hard", metadata={"help": "A name, a manifest, or a folder of clips."})
+    num_frames: int | None = field(default=None, metadata={"help": "Latent frames; unset: the task source's."})
+    only: list[str] = field(default_factory=lambda: list(PARTS), metadata={"help": f"Of {', '.join(PARTS)}."})
+    group: int = field(default=8, metadata={"help": "Videos of a group in the rollouts."})
+    near: int = field(default=8, metadata={"help": "The earlier frame of `growth`."})
+    far: int = field(default=64, metadata={"help": "The later frame of `growth`."})
+    repeats: int = field(default=5, metadata={"help": "Turns of each side."})
+    warmup: int = field(default=1, metadata={"help": "Turns before these."})
+    threads: int = field(default=2, metadata={"help": "torch threads."})
+    device: str = field(default="cpu", metadata={"help": "Of policy and codec."})
+    output_dir: str = field(default="runs/benchmark", metadata={"help": "Where the two files go."})
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """Slow over fast, by medians of seconds.
+
+    Attributes:
+        what: the two sides, in words.
+        ratio: of the medians; above 1 the first named side is slower.
+        low, high: quartiles of the ratios of single turns.
+        seconds: the two medians, slow side first.
+        target: what it should be, in words; empty where nothing is promised.
+    """
+
+    what: str
+    ratio: float
+    low: float
+    high: float
+    seconds: tuple[float, float]
+    target: str = ""
+
+
+@dataclass(frozen=True)
+class Share:
+    """Where a rollout's time goes: part -> fraction, `total` seconds in all."""
+
+    total: float
+    parts: dict[str, float]
+
+    @property
+    def outside(self) -> float:
+        """Neither transformer nor codec."""
+        return 1 - self.parts["transformer"] - self.parts["codec"]
+
+
+def main() -> None:
+    """Measure, write, print."""
+    (args,) = TrlParser((BenchmarkArguments,)).parse_args_and_config()  # type: ignore[arg-type]
+    unknown = [name for name in args.only if name not in PARTS]
+    if unknown or args.repeats < 1:
+        raise SystemExit(
+            f"--only {' '.join(unknown)} --repeats {args.repeats}: choose of {', '.join(PARTS)}; 1 or more."
+        )
+    torch.set_num_threads(args.threads)
+    bench = Bench(args)
+    ratios: list[Ratio] = []
+    share = None
+    for name in args.only:
+        if name == "outside":
+            share = bench.outside()
+        else:
+            ratios += getattr(bench, name)()
+    facts = {
+        "machine": f"{platform.processor() or platform.machine()}, {args.threads} threads, {args.device}",
+        "torch": torch.__version__,
+        "parameters": sum(p.numel() for p in bench.policy.parameters()),
+        "arguments": vars(args),
+    }
+    text = format_markdown(ratios, share, facts)
+    folder = Path(args.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "benchmark.md").write_text(text)
+    measured = {"ratios": [asdict(r) for r in ratios], "share": None if share is None else asdict(share)}
+    write_json(folder / "benchmark.json", measured | {"facts": facts})
+    print(f"\n{text}\n{folder}/: benchmark.json, benchmark.md")
+
+
+class Bench:
+    """A policy, its environments with the default rewards, and the measurements."""
+
+    def __init__(self, args: BenchmarkArguments) -> None:
+        self.args = args
+        self.policy = VideoPolicy.from_pretrained(args.pipeline, args.device)
+        self.group_envs = self._envs(args.group)
+        self._group_rollout = collect(self.group_envs, self.policy, PLAN, 0, tasks=[0])
+
+    def cache(self) -> list[Ratio]:
+        """KV cache against recomputation."""
+        r = self._group_rollout.to(self.policy.device)
+        inputs = (r.latents[:, :, 0], r.trajectory, r.reference, r.text)
+        plan = Plan.all("ode", self.policy.schedule.num_steps)
+
+        def cached() -> None:
+            generate_latents(self.policy, plan, *inputs)
+
+        def recomputed() -> None:
+            with mock.patch.object(self.policy, "session", lambda size: _Forgetful(self.policy, size)):
+                generate_latents(self.policy, plan, *inputs)
+
+        # the fresh session of every step has two passes, [history] and [frame]; a joint one would save little
+        what = f"recomputing the history at every step / KV cache ({len(r)} videos of {r.num_frames} frames)"
+        return [self._ratio(what, recomputed, cached)]
+
+    def replay(self) -> list[Ratio]:
+        """One-pass replay against frame by frame, forward and backward."""
+        config = GRPOConfig(use_cpu=True, report_to="none")
+        assert config.num_generations is not None
+        sizes = {
+            "one group": (config.num_generations, "at least 3"),
+            "a micro-batch of the default": (config.per_device_train_batch_size, ""),
+        }
+        ratios = []
+        for name, (size, target) in sizes.items():
+            rows = [i % len(self._group_rollout) for i in range(size)]
+            rollout = self._group_rollout.select(rows).to(self.policy.device)
+            one, many = self._gradient(rollout, self.policy), self._gradient(rollout, self._step_by_step)
+            error = (one - many).norm() / one.norm()
+            if not error < 1e-3:
+                raise SystemExit(f"one-pass and step-by-step replay differ by {float(error):.1e} of the gradient.")
+            what = f"step-by-step replay / one pass, forward and backward ({name}: {size} videos)"
+            many_pass, one_pass = (
+                lambda rollout=rollout: self._gradient(rollout, self._step_by_step),
+                lambda rollout=rollout: self._gradient(rollout, self.policy),
+            )
+            ratios.append(self._ratio(what, many_pass, one_pass, target))
+        self.policy.zero_grad()
+        return ratios
+
+    def group(self) -> list[Ratio]:
+        """A batched group against a loop."""
+        size, single = self.args.group, self._envs(1)
+        env = ARDragEnv(self.args.pipeline, self.args.tasks, num_frames=self.args.num_frames, device=self.args.device)
+        actions = self._group_rollout.latents.numpy()  # (B, F, N+1, C, h, w)
+        frames, steps = actions.shape[1], actions.shape[2] - 1
+
+        def batched() -> None:
+            collect(self.group_envs, self.policy, PLAN, 0, tasks=[0])
+
+        def loop() -> None:
+            for _ in range(size):
+                collect(single, self.policy, PLAN, 0, tasks=[0])
+
+        def act(env: Any, rows: Any) -> None:
+            env.reset(seed=0, options={"index": 0})
+            for m in range(frames):
+                for n in range(steps):
+                    env.step(actions[rows, m, n + 1])
+
+        def act_loop() -> None:
+            for i in range(size):
+                act(env, i)
+
+        return [
+            self._ratio(f"rollouts one by one / a batched group of {size}", loop, batched, "at least 3"),
+            self._ratio(
+                f"environment alone: {size} single ones / one of {size}",
+                act_loop,
+                lambda: act(self.group_envs, slice(None)),
+            ),
+        ]
+
+    def outside(self) -> Share:
+        """Where the time of a group's rollout goes."""
+        turns = []
+        for i in range(self.args.warmup + self.args.repeats):
+            with profile(self.policy, self.group_envs, self._wait) as seconds:
+                collect(self.group_envs, self.policy, PLAN, 1 + i, tasks=[1 + i])  # a new task each, as in training
+            turns.append(seconds)
+        turns = turns[self.args.warmup :]
+        totals = [sum(t.values()) for t in turns]
+        names = sorted({name for t in turns for name in t})
+        return Share(
+            float(np.median(totals)), {k: float(np.sum([t[k] for t in turns]) / np.sum(totals)) for k in names}
+        )
+
+    def growth(self) -> list[Ratio]:
+        """Seconds of a late frame against an early one, both in the same rollout."""
+        near, far = self.args.near, self.args.far
+        envs = self._envs(1, far + 1)
+        spent: list[np.ndarray] = []  # per rollout (far + 1, 2): policy, environment
+        for i in range(self.args.warmup + self.args.repeats):
+            session = self.policy.session(1)
+            obs, _ = envs.reset(seed=i, options={"index": i})
+            seconds = np.zeros((far + 1, 2))
+            for m in range(far + 1):
+                for kernel in PLAN.kernels:
+                    start = self._now()
+                    action = session.transition(obs, kernel).mean.cpu().numpy()
+                    middle = self._now()
+                    obs, *_ = envs.step(action)
+                    seconds[m] += (middle - start, self._now() - middle)
+            spent.append(seconds)
+        turns = np.stack(spent[self.args.warmup :])
+
+        def ratio(what: str, seconds: np.ndarray, target: str = "") -> Ratio:
+            # four frames each, since one is a few milliseconds
+            late, early = (np.median(seconds[:, m - 3 : m + 1], 1) for m in (far, near + 3))
+            return _ratio(what, late, early, target)
+
+        window = self.policy.transformer.config["window"]  # type: ignore[attr-defined]
+        where = f"frames {far - 3} to {far} / {near} to {near + 3}, window of {window}"
+        return [
+            ratio(f"{where}: all of it", turns.sum(2), "at most 1.1"),
+            ratio(f"{where}: policy", turns[..., 0]),
+        ]
+
+    def _envs(self, size: int, num_frames: int | None = None) -> ARDragVectorEnv:
+        a = self.args
+        return ARDragVectorEnv(size, a.pipeline, a.tasks, num_frames=num_frames or a.num_frames, device=a.device)
+
+    def _gradient(self, rollout: Rollout, replay: Callable[[Rollout], GaussianStep]) -> torch.Tensor:
+        """The policy gradient with advantages of 1, as one vector."""
+        self.policy.zero_grad()
+        replay(rollout).log_prob(rollout.actions).mean().backward()
+        return torch.cat([p.grad.flatten() for p in self.policy.parameters() if p.grad is not None])
+
+    def _step_by_step(self, rollout: Rollout) -> GaussianStep:
+        """What `policy(rollout)` gives, by the rollout's passes: each scored step, then the clean frame's entry."""
+        policy, levels = self.policy, rollout.schedule.levels
+        transformer: Any = policy.transformer  # its base class has no types
+        context, cache = transformer.encode_context(rollout.text, rollout.image), transformer.new_cache()
+        means: list[torch.Tensor] = []
+        for m in range(rollout.num_frames):
+            conditions = rollout.reference[:, m : m + 1], rollout.trajectory[:, m : m + 1]
+            steps = []
+            for n in rollout.plan.scored:
+                x = rollout.latents[:, m, n]
+                inputs = policy.frame_inputs(x[:, None], *conditions, first=m)
+                velocity, _ = transformer(context, None, inputs[:, None], 1000 * levels[n], cache)
+                steps.append(rollout.plan.kernels[n].step(x, velocity[:, 0, 0], levels[n], levels[n + 1]))
+            means.append(torch.stack([s.mean for s in steps], 1))
+            if m < rollout.num_frames - 1:
+                clean = policy.frame_inputs(rollout.clean[:, m : m + 1], *conditions, first=m)
+                cache = cache.append(transformer(context, clean, cache=cache)[1])
+        std = torch.stack([torch.as_tensor(s.std, device=policy.device) for s in steps])
+        return GaussianStep(torch.stack(means, 1), std[:, None, None, None])
+
+    def _ratio(self, what: str, slow: Callable[[], object], fast: Callable[[], object], target: str = "") -> Ratio:
+        """Both sides in turns."""
+        seconds = np.zeros((self.args.warmup + self.args.repeats, 2))
+        for turn in seconds:
+            for side, run in enumerate((slow, fast)):
+                start = self._now()
+                run()
+                turn[side] = self._now() - start
+        return _ratio(what, *seconds[self.args.warmup :].T, target)
+
+    def _now(self) -> float:
+        self._wait()
+        return time.perf_counter()
+
+    def _wait(self) -> None:
+        if self.policy.device.type == "cuda":
+            torch.cuda.synchronize(self.policy.device)
+
+
+class _Forgetful:
+    """A session that remembers nothing: every step runs all earlier frames again."""
+
+    def __init__(self, policy: VideoPolicy, size: int) -> None:
+        self._policy, self._size = policy, size
+
+    def transition(self, obs: Any, kernel: Kernel) -> GaussianStep:
+        return Session(self._policy, self._size).transition(obs, kernel)
+
+
+@contextlib.contextmanager
+def profile(policy: VideoPolicy, envs: ARDragVectorEnv, wait: Callable[[], None]) -> Iterator[dict[str, float]]:
+    """Seconds by part while it is open: each call's own, without the parts it calls; the rest is `other`."""
+    seconds: dict[str, float] = defaultdict(float)
+    running = ["other"]
+    last = [time.perf_counter()]
+
+    def switch() -> None:
+        wait()
+        now = time.perf_counter()
+        seconds[running[-1]] += now - last[0]
+        last[0] = now
+
+    def timed(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            switch()
+            running.append(name)
+            try:
+                return function(*args, **kwargs)
+            finally:
+                switch()
+                running.pop()
+
+        return call
+
+    def rewarded(name: str, start: Callable[..., Any]) -> Callable[..., Any]:
+        def begin(controls: Any) -> Any:
+            session = start(controls)
+            session.append = timed(name, session.append)
+            return session
+
+        return timed(name, begin)
+
+    with contextlib.ExitStack() as stack:
+
+        def patch(target: Any, attribute: str, replacement: Any) -> None:
+            stack.enter_context(mock.patch.object(target, attribute, replacement))
+
+        parts: list[tuple[str, Any, tuple[str, ...]]] = [
+            ("transformer", policy.transformer, ("forward", "encode_context")),
+            ("codec", envs.codec, ("encode", "decode", "encode_heat_maps", "encode_text")),
+            ("tasks", type(envs.source), ("__getitem__",)),
+            ("tasks", envs.mdp, ("fit",)),
+            ("observations", Episodes, ("observe",)),
+            ("session", Session, ("transition",)),
+        ]
+        for name, target, methods in parts:
+            for method in methods:
+                patch(target, method, timed(name, getattr(target, method)))
+        for reward in (term.reward for term in envs.rewards):
+            patch(reward, "start", rewarded(f"reward {reward.name}", reward.start))
+        last[0] = time.perf_counter()
+        yield seconds
+        switch()
+
+
+def _ratio(what: str, slow: np.ndarray, fast: np.ndarray, target: str) -> Ratio:
+    """Of the seconds of both sides, turn by turn."""
+    low, high = np.quantile(slow / fast, [0.25, 0.75])
+    seconds = float(np.median(slow)), float(np.median(fast))
+    return Ratio(what, seconds[0] / seconds[1], float(low), float(high), seconds, target)
+
+
+def format_markdown(ratios: list[Ratio], share: Share | None, facts: dict[str, Any]) -> str:
+    """Two tables."""
+    lines = [f"{facts['machine']}, torch {facts['torch']}, {facts['parameters'] / 1e6:.1f} M parameters", ""]
+    if ratios:
+        lines += ["| slow / fast | ratio | quartiles | seconds | promised |", "|---|---|---|---|---|"]
+    for r in ratios:
+        seconds = " / ".join(f"{s:.3g}" for s in r.seconds)
+        lines.append(f"| {r.what} | **{r.ratio:.2f}** | {r.low:.2f}-{r.high:.2f} | {seconds} | {r.target} |")
+    if share is not None:
+        rest = f"**{share.outside:.0%}** outside transformer and codec (promised: at most 25 %)"
+        lines += ["", f"A group's rollout, {share.total:.3g} s: {rest}", "", "| part | share |", "|---|---|"]
+        ordered = sorted(share.parts.items(), key=lambda item: -item[1])
+        lines += [f"| {name} | {part:.1%} |" for name, part in ordered]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,82 @@
+"""A whole pipeline with random weights, small enough for a CPU: what the tests run on."""
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is downloaded in tests
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+SIZE = 32  # px; latents are (4, 8, 8)
+WORDS = ("<pad>", "</s>", "<unk>", "a", "blue", "circle", "moves", "over", "red", "square", "the")
+
+
+@pytest.fixture(scope="session")
+def tiny_pipeline(tmp_path_factory) -> Path:
+    """A pipeline folder in diffusers layout: 32x32 px, latents (4, 8, 8), 3 steps, a window of 3 frames."""
+    from diffusers import AutoencoderDC
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
+
+    from ardrag_rl import hub
+    from ardrag_rl.flow import Schedule
+    from ardrag_rl.policies import CausalWanTransformer3DModel
+
+    path = tmp_path_factory.mktemp("pipeline")
+    torch.manual_seed(0)
+    AutoencoderDC(
+        in_channels=3,
+        latent_channels=4,
+        attention_head_dim=8,
+        encoder_block_types="ResBlock",
+        decoder_block_types="ResBlock",
+        encoder_block_out_channels=(8, 16, 16),
+        decoder_block_out_channels=(8, 16, 16),
+        encoder_layers_per_block=(0, 1, 1),
+        decoder_layers_per_block=(0, 1, 1),
+        encoder_qkv_multiscales=((), (), ()),
+        decoder_qkv_multiscales=((), (), ()),
+    ).save_pretrained(path / "vae")
+
+    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=8
+    ).save_pretrained(path / "tokenizer")
+    UMT5EncoderModel(
+        UMT5Config(vocab_size=len(WORDS), d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2, dropout_rate=0.0)
+    ).save_pretrained(path / "text_encoder")
+
+    CausalWanTransformer3DModel(
+        patch_size=(1, 2, 2),
+        num_attention_heads=2,
+        attention_head_dim=12,
+        in_channels=3 * 4 + 1,
+        out_channels=4,
+        text_dim=16,
+        freq_dim=16,
+        ffn_dim=32,
+        num_layers=2,
+        window=3,
+    ).save_pretrained(path / "transformer")
+
+    hub.save_schedule(path, Schedule())
+    hub.save_index(
+        path,
+        SIZE,
+        SIZE,
+        {
+            "transformer": ("ardrag_rl.policies", "CausalWanTransformer3DModel"),
+            "vae": ("diffusers", "AutoencoderDC"),
+            "text_encoder": ("transformers", "UMT5EncoderModel"),
+            "tokenizer": ("transformers", "PreTrainedTokenizerFast"),
+            "scheduler": ("diffusers", "FlowMatchEulerDiscreteScheduler"),
+        },
+    )
+    return path

@@ -1,0 +1,112 @@
+"""Training from nothing: the linear start, flow matching, own rollouts."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from ardrag_rl.codec import Codec
+from ardrag_rl.distill.codec_training import CodecImages, CodecLoss, start_linear
+from ardrag_rl.distill.flow_matching import FlowMatching, LatentClips, OwnRollouts
+from ardrag_rl.envs.sprites import Sprites
+from ardrag_rl.flow import Kernel
+from ardrag_rl.policies import VideoPolicy
+
+
+@pytest.fixture(scope="module")
+def clips(tiny_pipeline, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("clips")
+    source = Sprites("gentle", "train", 4, 32, 32)
+    return LatentClips(folder, Codec.from_pretrained(tiny_pipeline), source, 6, batch=4)
+
+
+def batch(clips, count=4):
+    items = [clips[i] for i in range(count)]
+    return {key: torch.stack([item[key] for item in items]) for key in items[0]}
+
+
+def test_a_codec_starts_as_the_best_linear_one():
+    from diffusers import AutoencoderDC
+
+    torch.manual_seed(0)
+    vae = AutoencoderDC(
+        in_channels=3,
+        latent_channels=6,
+        attention_head_dim=8,
+        encoder_block_types="ResBlock",
+        decoder_block_types="ResBlock",
+        encoder_block_out_channels=(8, 24, 96),
+        decoder_block_out_channels=(8, 24, 96),
+        encoder_layers_per_block=(0, 1, 1),
+        decoder_layers_per_block=(0, 1, 1),
+        encoder_qkv_multiscales=((), (), ()),
+        decoder_qkv_multiscales=((), (), ()),
+        encoder_out_shortcut=False,
+        decoder_in_shortcut=False,
+    )
+    data = CodecImages(20, 32, seed=1)
+    images = torch.cat([data[i]["pixels"] for i in range(20)])
+    start_linear(vae, images)
+    x = 2 * images - 1
+    with torch.no_grad():
+        error = (vae.decode(vae.encode(x).latent).sample - x).square().mean()
+    patches = F.pixel_unshuffle(x, 4).movedim(1, -1).reshape(-1, 48)
+    energy = torch.linalg.svdvals(patches - patches.mean(0)).square()
+    best = energy[6:].sum() / patches.numel()  # Eckart-Young: no linear codec of 6 numbers a patch does better
+    assert best * 0.99 < error < best * 1.3
+
+
+def test_codec_loss_falls():
+    from diffusers import AutoencoderDC
+
+    torch.manual_seed(0)
+    vae = AutoencoderDC(
+        in_channels=3,
+        latent_channels=4,
+        attention_head_dim=8,
+        encoder_block_types="ResBlock",
+        decoder_block_types="ResBlock",
+        encoder_block_out_channels=(8, 16, 16),
+        decoder_block_out_channels=(8, 16, 16),
+        encoder_layers_per_block=(0, 1, 1),
+        decoder_layers_per_block=(0, 1, 1),
+        encoder_qkv_multiscales=((), (), ()),
+        decoder_qkv_multiscales=((), (), ()),
+    )
+    model = CodecLoss(vae)
+    pixels = CodecImages(1, 32)[0]["pixels"][None]
+    optimizer = torch.optim.Adam(model.parameters(), 3e-3)
+    losses = []
+    for _ in range(15):
+        loss = model(pixels)["loss"]
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.7 * losses[0]
+
+
+def test_encoded_clips_are_kept_and_equal_the_codecs(clips, tiny_pipeline):
+    codec, source = Codec.from_pretrained(tiny_pipeline), Sprites("gentle", "train", 4, 32, 32)
+    item = clips[5]
+    assert item["latents"].shape == (4, 4, 8, 8) and len(clips) == 6
+    torch.testing.assert_close(item["latents"], codec.encode(source.video(5)[None])[0], atol=0.05, rtol=0.05)
+
+
+@pytest.mark.parametrize("kind", ["flow_matching", "own_rollouts"])
+def test_training_reaches_every_parameter_that_acts_and_lowers_the_loss(kind, clips, tiny_pipeline):
+    policy = VideoPolicy.from_pretrained(tiny_pipeline)
+    model = FlowMatching(policy) if kind == "flow_matching" else OwnRollouts(policy, (Kernel("ode"), Kernel("renoise")))
+    data = batch(clips)
+    optimizer = torch.optim.Adam(model.parameters(), 3e-3)
+    losses = []
+    for step in range(25):
+        torch.manual_seed(step % 5)
+        loss = model(**data)["loss"]
+        optimizer.zero_grad()
+        loss.backward()
+        if step == 0:
+            silent = [n for n, p in policy.named_parameters() if p.grad is None or not p.grad.abs().sum()]
+            assert not silent
+        optimizer.step()
+        losses.append(loss.item())
+    assert sum(losses[-5:]) < 0.9 * sum(losses[:5])

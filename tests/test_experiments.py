@@ -1,0 +1,258 @@
+"""compare.py and benchmark.py: the statistics, the variants, and both scripts on a random pipeline."""
+
+import importlib
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from ardrag_rl.envs import ARDragEnv, ARDragVectorEnv, NoiseAction
+from ardrag_rl.policies import VideoPolicy
+from ardrag_rl.training.aggregate import bootstrap_runs, interquartile_mean
+from ardrag_rl.training.collect import collect
+from ardrag_rl.training.config import GRPOConfig
+from ardrag_rl.training.order import task_indices
+
+EXPERIMENTS = Path(__file__).parent.parent / "experiments"
+FRAMES = 3
+
+
+@pytest.fixture(scope="module")
+def script():
+    """An experiment as a module."""
+    sys.path.insert(0, str(EXPERIMENTS))
+    yield importlib.import_module
+    sys.path.remove(str(EXPERIMENTS))
+
+
+# --- statistics
+
+
+def test_interquartile_mean_ignores_the_outer_quarters():
+    assert interquartile_mean(np.array([-1e9, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 1e9])) == 3.5
+    assert interquartile_mean(np.array([7.0])) == 7.0
+    rows = np.random.default_rng(0).normal(size=(3, 40))
+    assert np.allclose(interquartile_mean(rows), [interquartile_mean(row) for row in rows])
+    assert np.allclose(interquartile_mean(rows.T, axis=0), interquartile_mean(rows))
+
+
+def test_bootstrap_resamples_whole_runs():
+    """Runs that differ and tasks that do not: the interval is that of the runs' means, however many the tasks."""
+    scores = np.repeat(np.array([[0.0], [1.0], [2.0], [3.0]]), 200, 1)
+    interval = bootstrap_runs(scores)
+    assert interval.mean == 1.5 and interval.n == 800
+    assert interval.low <= 0.5 and interval.high >= 2.5
+    one = bootstrap_runs(np.zeros((3, 50)))
+    assert (one.low, one.mean, one.high) == (0, 0, 0)
+
+
+def test_bootstrap_of_runs_covers_the_mean_and_leaves_out_what_is_missing():
+    rng = np.random.default_rng(0)
+    hits = 0
+    for trial in range(100):
+        scores = rng.normal(size=(10, 1)) + rng.normal(size=(10, 30))  # symmetric: the mean is the interquartile mean
+        interval = bootstrap_runs(scores, seed=trial, resamples=300)
+        hits += interval.low <= 0 <= interval.high
+    assert 0.8 <= hits / 100 <= 1
+    gaps = np.array([[1.0, np.nan, 3.0], [1.0, 2.0, 3.0]])
+    assert bootstrap_runs(gaps).n == 4 and bootstrap_runs(gaps) == bootstrap_runs(gaps)
+    with pytest.raises(ValueError, match="no task"):
+        bootstrap_runs(np.full((2, 3), np.nan))
+    with pytest.raises(ValueError, match="expected \\(runs, tasks\\)"):
+        bootstrap_runs(np.zeros(3))
+
+
+# --- compare
+
+
+def test_variants_are_settings_of_the_trainer(script):
+    compare = script("compare")
+    for variant in compare.VARIANTS.values():
+        if variant.learner == "grpo":
+            GRPOConfig(use_cpu=True, **variant.settings)
+    flags = compare.flags_of("flow-grpo", 3)
+    assert flags == ["--exploration", "every", "--kernel", "flow_sde", "--kernel_eta", "0.7", "--seed", "3"]
+    assert (
+        compare.points(25, 5) == [5, 10, 15, 20, 25] and compare.points(2, 5) == [1, 2] and compare.points(7, 1) == [7]
+    )
+
+
+def test_steered_policy_is_noise_action_in_a_batch(script, tiny_pipeline):
+    """What `evaluate` sees of an actor is what its environment does to it."""
+    noise_ppo = script("noise_ppo")
+    policy = VideoPolicy.from_pretrained(tiny_pipeline)
+
+    class Actor:
+        def predict(self, seen, deterministic):
+            assert deterministic
+            return np.tanh(seen).reshape(len(seen), 4, *shape)[:, 0], None
+
+    def environment(kind, *size):
+        return kind(*size, str(tiny_pipeline), "sprites", ["dynamic_degree"], num_frames=FRAMES)
+
+    envs, core = environment(ARDragVectorEnv, 2), environment(ARDragEnv)
+    shape = core.action_space.shape
+    plan = importlib.import_module("ardrag_rl.rollout").Plan.all("ode")
+    rollout = collect(envs, noise_ppo.Steered(policy, Actor()), plan, 0, tasks=[5, 6])
+    env = NoiseAction(core, policy)
+    obs, _ = env.reset(seed=0, options={"index": 6})
+    # the same noise in the frames that are not chosen: they are seen by the actor
+    obs = core.restore(replace_noise(core.snapshot(), rollout, 1))
+    rewards = []
+    for _ in range(FRAMES):
+        action, _ = Actor().predict(noise_ppo.current_frame({k: v[None] for k, v in obs.items()}), True)
+        obs, reward, *_ = env.step(action[0])
+        rewards.append(reward)
+    assert np.allclose(obs["latents"], rollout.clean[1].numpy(), atol=1e-5)
+    assert np.allclose(rewards, rollout.rewards[1].numpy(), atol=1e-5)
+
+
+def replace_noise(snapshot, rollout, row):
+    """The snapshot of a fresh episode, starting from a rollout's noise."""
+    ((rows, episodes),) = snapshot.cohorts
+    started = replace(
+        episodes, latents=rollout.latents[row : row + 1, :, 0].clone(), reference=rollout.reference[row : row + 1]
+    )
+    return replace(snapshot, cohorts=((rows, started),))
+
+
+def test_same_tasks_deals_each_task_to_a_whole_group(script, tiny_pipeline):
+    core = ARDragEnv(str(tiny_pipeline), "sprites", ["dynamic_degree"], num_frames=2)
+    env = script("noise_ppo").SameTasks(core, seed=4, repeats=2)
+    seen = [env.reset()[1]["task"] for _ in range(6)]
+    order = [core.source[i].id for i in task_indices(len(core.source), 4, range(3))]
+    assert seen == [task for task in order for _ in range(2)]
+
+
+@pytest.mark.slow
+def test_compare_runs_resumes_and_grows(script, monkeypatch, tiny_pipeline, tmp_path):
+    pytest.importorskip("stable_baselines3")
+    compare = script("compare")
+
+    def run(*flags):
+        common = [
+            *("--config", str(EXPERIMENTS / "configs/compare-quick.yaml"), "--pipeline", str(tiny_pipeline)),
+            *("--tasks", "sprites", "--rewards", '{"motion": 1.0, "smoothness": 0.5}', "--use_cpu", "True"),
+            *("--output_dir", str(tmp_path), "--eval_size", "4", "--eval_batch", "4", "--num_frames", "3"),
+        ]
+        monkeypatch.setattr(sys, "argv", ["compare.py", *common, *flags])
+        compare.main()
+
+    run("--variants", "ar-drag", "noise-ppo")
+    files = sorted(tmp_path.glob("runs/*"))
+    assert [f.name for f in files] == ["ar-drag-0.json", "noise-ppo-0.json"]
+    record = json.loads(files[0].read_text())
+    assert record["videos"] == [0, 8, 16] and len(record["task_ids"]) == 4
+    for scores in record["scores"].values():
+        assert np.shape(scores) == (3, 4)
+    motion, smoothness, total = (np.array(record["scores"][k], float) for k in ("motion", "smoothness", "reward"))
+    assert np.allclose(motion + 0.5 * smoothness, total, atol=1e-4, equal_nan=True)
+    curves = json.loads((tmp_path / "compare.json").read_text())
+    assert curves["ar-drag"]["runs"] == 1 and len(curves["noise-ppo"]["scores"]["motion"]) == 3
+    assert "| noise-ppo | 1 |" in (tmp_path / "compare.md").read_text()
+    assert (tmp_path / "compare.png").stat().st_size > 5000
+
+    before = [f.read_bytes() for f in files]
+    run("--variants", "ar-drag", "reuse", "--seeds", "0", "1")
+    assert [f.read_bytes() for f in files] == before  # seconds and all: nothing was run again
+    curves = json.loads((tmp_path / "compare.json").read_text())
+    assert curves["ar-drag"]["runs"] == 2 and curves["reuse"]["videos"] == [0, 8, 16]
+
+    with pytest.raises(SystemExit, match=r"other settings \(learning_rate\)"):
+        run("--variants", "ar-drag", "--learning_rate", "1")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--variants", "ppo"), "--variants ppo: choose one or more of ar-drag"),
+        (("--videos", "100"), "--videos 100: expected a multiple of the 96"),
+        (("--eval_points", "0"), "--eval_points 0"),
+    ],
+)
+def test_compare_refuses(script, monkeypatch, flags, message):
+    compare = script("compare")
+    monkeypatch.setattr(sys, "argv", ["compare.py", "--variants", "ar-drag", "--use_cpu", "True", *flags])
+    with pytest.raises(SystemExit, match=message):
+        compare.main()
+
+
+def test_noise_ppo_without_sb3_says_what_to_install(script, monkeypatch):
+    compare = script("compare")
+    monkeypatch.setitem(sys.modules, "stable_baselines3", None)
+    monkeypatch.setattr(sys, "argv", ["compare.py", "--use_cpu", "True"])
+    with pytest.raises(SystemExit, match=r"pip install \"ardrag-rl\[sb3\]\""):
+        compare.main()
+
+
+# --- benchmark
+
+
+@pytest.fixture(scope="module")
+def bench(script, tiny_pipeline):
+    benchmark = script("benchmark")
+    args = benchmark.BenchmarkArguments(
+        pipeline=str(tiny_pipeline),
+        tasks="sprites",
+        num_frames=5,
+        group=2,
+        near=1,
+        far=6,
+        repeats=1,
+        warmup=0,
+        threads=1,
+    )
+    return benchmark.Bench(args)
+
+
+def test_benchmark_compares_equal_things(bench, script):
+    """Both replays give the same steps and gradient, and recomputing gives the cached video."""
+    rollout = bench._group_rollout
+    with torch.no_grad():
+        one, many = bench.policy(rollout), bench._step_by_step(rollout)
+    assert one.mean.shape == many.mean.shape and (one.mean - many.mean).abs().max() < 1e-5
+    assert torch.equal(one.std, many.std)
+    gradients = [bench._gradient(rollout, f) for f in (bench.policy, bench._step_by_step)]
+    assert (gradients[0] - gradients[1]).norm() < 1e-4 * gradients[0].norm()
+    benchmark, obs = script("benchmark"), bench.group_envs.reset(seed=0)[0]
+    kernel = benchmark.Kernel("ode")
+    cached, forgetful = bench.policy.session(2), benchmark._Forgetful(bench.policy, 2)
+    for _ in range(3 * 2 + 1):
+        a, b = (s.transition(obs, kernel).mean for s in (cached, forgetful))
+        assert (a - b).abs().max() < 1e-5
+        obs, *_ = bench.group_envs.step(a.numpy())
+
+
+def test_profile_accounts_for_all_time_and_leaves_nothing_behind(bench):
+    before = bench.group_envs.codec.decode
+    share = bench.outside()
+    assert sum(share.parts.values()) == pytest.approx(1)
+    for name in ("transformer", "codec", "session", "observations", "tasks", "reward motion", "reward aesthetic"):
+        assert 0 < share.parts[name] < 1, name
+    assert 0 < share.outside < 1 and bench.group_envs.codec.decode == before
+    assert "forward" not in vars(bench.policy.transformer)
+
+
+@pytest.mark.slow
+def test_benchmark_writes_its_tables(tiny_pipeline, tmp_path):
+    flags = ["--pipeline", str(tiny_pipeline), "--tasks", "sprites", "--num_frames", "4", "--group", "2"]
+    flags += ["--repeats", "1", "--warmup", "0", "--threads", "1", "--far", "6", "--near", "1"]
+    command = [sys.executable, str(EXPERIMENTS / "benchmark.py"), *flags, "--output_dir", "out"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    record = json.loads((tmp_path / "out/benchmark.json").read_text())
+    assert len(record["ratios"]) == 7 and all(r["ratio"] > 0 for r in record["ratios"])
+    assert record["share"]["total"] > 0
+    text = (tmp_path / "out/benchmark.md").read_text()
+    assert text in done.stdout and "at least 3" in text and "outside transformer and codec" in text
+
+
+def test_benchmark_refuses(script, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", "--only", "speed"])
+    with pytest.raises(SystemExit, match="choose of cache, replay"):
+        script("benchmark").main()

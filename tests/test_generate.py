@@ -1,0 +1,50 @@
+"""One image and a drag path in, a video out."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import ardrag_rl
+from ardrag_rl.media import read_video, write_image
+
+ROOT = Path(__file__).parent.parent
+DRAG = [[[0.2, 0.5], [0.8, 0.5]]]
+
+
+def test_the_same_seed_gives_the_same_video(tiny_pipeline):
+    image = torch.rand(3, 48, 40, generator=torch.Generator().manual_seed(0))
+    video, control = ardrag_rl.generate(tiny_pipeline, image, DRAG, "a red square", seed=1, num_frames=3)
+    again, _ = ardrag_rl.generate(tiny_pipeline, image, DRAG, "a red square", seed=1, num_frames=3)
+    other, _ = ardrag_rl.generate(tiny_pipeline, image, DRAG, "a red square", seed=2, num_frames=3)
+    assert video.shape == (3, 3, 32, 32) and 0 <= video.min() and video.max() <= 1
+    assert torch.equal(video, again) and not torch.equal(video, other)
+    assert control.num_frames == 3
+
+
+def test_the_path_matters(tiny_pipeline):
+    image = torch.rand(3, 32, 32, generator=torch.Generator().manual_seed(0))
+    right, _ = ardrag_rl.generate(tiny_pipeline, image, DRAG, num_frames=2)
+    left, _ = ardrag_rl.generate(tiny_pipeline, image, [[[0.8, 0.5], [0.2, 0.5]]], num_frames=2)
+    assert not torch.equal(right, left)
+
+
+def test_a_policy_without_a_pipeline_is_refused(tiny_pipeline):
+    policy = ardrag_rl.VideoPolicy.from_pretrained(tiny_pipeline)
+    policy.source = None
+    with pytest.raises(ValueError, match="no pipeline folder"):
+        ardrag_rl.generate(policy, torch.zeros(3, 32, 32), DRAG)
+
+
+@pytest.mark.slow
+def test_the_script_writes_a_video(tiny_pipeline, tmp_path):
+    write_image(tmp_path / "photo.png", torch.rand(3, 50, 60))
+    (tmp_path / "drag.json").write_text(json.dumps({"points": [[[10, 10], [40, 30]]], "units": "pixels"}))
+    command = [sys.executable, str(ROOT / "experiments/generate.py"), "--image", str(tmp_path / "photo.png")]
+    command += ["--drag", str(tmp_path / "drag.json"), "--pipeline", str(tiny_pipeline), "--num_frames", "4"]
+    command += ["--output", str(tmp_path / "video.mp4"), "--draw", "true"]
+    subprocess.run(command, check=True, capture_output=True, timeout=300)
+    assert len(read_video(tmp_path / "video.mp4")) == 4
