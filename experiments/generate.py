@@ -2,8 +2,8 @@
 
     python experiments/generate.py --image photo.jpg --drag drag.json --output video.mp4
 
-`drag.json` holds `{"points": [[[x, y], ...]], "units": "pixels"}`, one list of positions per dragged point, or fractions
-of width and height. The output is an .mp4 or a .gif; `--draw` shows the drag path on it.
+`drag.json` holds `{"points": [[[x, y], ...]], "units": "pixels"}`, one list of positions per dragged point, or
+fractions of width and height. The output is an .mp4 or a .gif; `--draw true` shows the drag path on it.
 """
 
 from __future__ import annotations

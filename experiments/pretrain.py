@@ -4,8 +4,8 @@
     python experiments/pretrain.py --output_dir runs/tiny --stages codec     # one of them
 
 Every stage is a `transformers.Trainer` run with its own checkpoints under the output folder; the pipeline grows in
-`<output_dir>/pipeline`. What departs from the textbook: the few-step stage is not distribution matching but regression on
-the model's own rollouts, which the sprites allow because a drag path all but determines their video.
+`<output_dir>/pipeline`. What departs from the textbook: the few-step stage is not distribution matching but regression
+on the model's own rollouts, which the sprites allow because a drag path all but determines their video.
 """
 
 from __future__ import annotations

@@ -38,9 +38,9 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
 
     Args:
         window: clean frames a frame can look back on.
-        prediction_type: what the last layer predicts (diffusers' names): "flow_prediction", the velocity, as Wan does; or
-            "sample", x0_hat, from which the velocity is (x - x0_hat) / t. A model narrower than its patches cannot pass
-            their noise through, which a velocity asks for.
+        prediction_type: what the last layer predicts, in diffusers' names: "flow_prediction", the velocity, as Wan
+            does; or "sample", x0_hat, from which the velocity is (x - x0_hat) / t. A model that is narrower than its
+            patches cannot pass their noise through, which a velocity asks for.
         others: as in diffusers. `in_channels` = C latent + r mask + C reference + C trajectory channels.
     """
 
