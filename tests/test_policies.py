@@ -110,9 +110,9 @@ class Masked(WanAttnProcessor):
 
 @torch.no_grad()
 def dense(policy, frames, timesteps, text, image=None):
-    """Velocities (B, F, C, h, w) of frames (B, F, C_in, h, w) at timesteps (F,): diffusers' forward, masked."""
+    """What the last layer predicts, (B, F, C, h, w), of frames (B, F, C_in, h, w) at timesteps (F,): diffusers' forward, masked."""
     model = policy.transformer
-    config = {k: v for k, v in model.config.items() if not k.startswith("_") and k != "window"}
+    config = {k: v for k, v in model.config.items() if not k.startswith("_") and k not in ("window", "prediction_type")}
     plain = WanTransformer3DModel(**config)
     plain.load_state_dict(model.state_dict())  # the same parameters under the same names
     _, ph, pw = model.config.patch_size
@@ -167,6 +167,20 @@ def test_cached_steps_are_the_dense_forward(policy):
             v = dense_velocity(policy, given, clean, x, m, n)
             levels = policy.schedule.levels
             torch.testing.assert_close(step.mean, x - (levels[n] - levels[n + 1]) * v, **CLOSE)
+
+
+def test_a_model_may_predict_the_clean_frame():
+    """With prediction_type="sample" the last layer gives x0_hat, what an `ode` step to level 0 returns."""
+    policy = small(prediction_type="sample")
+    given, clean = conditions(frames=3), conditions(frames=3, seed=1)["noise"]
+    clean[:, 2] = x = given["noise"][:, 2]
+    x0 = policy.session(BATCH).transition(observe(given, clean, 2, 2), Kernel("ode")).mean
+    torch.testing.assert_close(x0, dense_velocity(policy, given, clean, x, 2, 2), **CLOSE)
+    rollout = act(policy, Plan.every("cps"), conditions())
+    with torch.no_grad():
+        torch.testing.assert_close(policy(rollout).log_prob(rollout.actions), rollout.log_probs, atol=1e-4, rtol=0)
+    with pytest.raises(ValueError, match="prediction_type='epsilon'.*'flow_prediction' or 'sample'"):
+        small(prediction_type="epsilon")
 
 
 def test_replay_is_the_dense_forward(policy):

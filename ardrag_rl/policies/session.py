@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,44 +16,6 @@ if TYPE_CHECKING:
     from ardrag_rl.policies.policy import VideoPolicy
 
 Observation = Mapping[str, Any]  # the environment's keys; numpy or torch, with a leading batch dimension
-
-
-@dataclass(frozen=True)
-class _History:
-    """The clean frames a cache was computed from.
-
-    latents, trajectory, reference: (B, m, C, h, w); text: (B, L, D); image: (B, L', D') or None.
-    """
-
-    latents: Tensor
-    trajectory: Tensor
-    reference: Tensor
-    text: Tensor
-    image: Tensor | None
-
-    @classmethod
-    def of(cls, obs: Mapping[str, Tensor], frame: int) -> _History:
-        latents, trajectory, reference = (obs[key][:, :frame] for key in ("latents", "trajectory", "reference"))
-        return cls(latents, trajectory, reference, obs["text"], obs.get("image"))
-
-    def clone(self) -> _History:
-        parts = (self.latents, self.trajectory, self.reference, self.text)
-        latents, trajectory, reference, text = (a.clone() for a in parts)
-        return _History(latents, trajectory, reference, text, None if self.image is None else self.image.clone())
-
-    def same_prompt(self, other: _History) -> bool:
-        if (self.image is None) != (other.image is None):
-            return False
-        image = self.image is None or other.image is None or torch.equal(self.image, other.image)
-        return image and torch.equal(self.text, other.text)
-
-    def same_frames(self, other: _History) -> bool:
-        pairs = zip(
-            (self.latents, self.trajectory, self.reference),
-            (other.latents, other.trajectory, other.reference),
-            strict=True,
-        )
-        return all(torch.equal(a, b) for a, b in pairs)
 
 
 class Session:
@@ -73,7 +34,8 @@ class Session:
         if batch_size < 1:
             raise ValueError(f"batch_size={batch_size}: expected at least 1.")
         self.policy, self.batch_size = policy, batch_size
-        self._history: _History | None = None
+        self._prompt: tuple[Tensor, ...] = ()  # what the context was computed from: text, and image where there is one
+        self._frames: tuple[tuple[Tensor, ...], ...] = ()  # what the cache was computed from, frame by frame
         self._context: Context | None = None
         self._cache: Cache = policy.transformer.new_cache()
 
@@ -125,17 +87,34 @@ class Session:
         return velocity[:, 0, 0].float()
 
     def _follow(self, state: Mapping[str, Tensor], frame: int) -> None:
-        """Brings the cache to the frames before `frame`."""
-        new, old = _History.of(state, frame), self._history
-        if old is None or not old.same_prompt(new):
-            self._context = self.policy.transformer.encode_context(new.text, new.image)
-        known = 0 if old is None else old.latents.shape[1]
-        if old is None or known > frame or not old.same_prompt(new) or not old.same_frames(_History.of(state, known)):
-            self._cache, known = self.policy.transformer.new_cache(), 0
+        """Brings context and cache to the frames before `frame`."""
+        prompt = tuple(state[key] for key in ("text", "image") if key in state)
+        if not _equal(self._prompt, prompt):
+            self._context = self.policy.transformer.encode_context(*prompt)
+            self._prompt, self._frames = _copy(prompt), ()
+        known = len(self._frames)
+        if known > frame or not all(_equal(old, _frame(state, j)) for j, old in enumerate(self._frames)):
+            known = 0
+        if known == 0:
+            self._cache, self._frames = self.policy.transformer.new_cache(), ()
         if known < frame:
-            latents, reference, trajectory = (a[:, known:] for a in (new.latents, new.reference, new.trajectory))
-            inputs = self.policy.frame_inputs(latents, reference, trajectory, first=known)
-            _, entries = self.policy.transformer(self._context, inputs, cache=self._cache)
+            past = (state[key][:, known:frame] for key in ("latents", "reference", "trajectory"))
+            _, entries = self.policy.transformer(
+                self._context, self.policy.frame_inputs(*past, first=known), cache=self._cache
+            )
             self._cache = self._cache.append(entries)
-        if old is None or known != frame or old.latents.shape[1] != frame or not old.same_prompt(new):
-            self._history = new.clone()  # the caller may write into the arrays it observed
+            # copies: the caller may write into the arrays it observed
+            self._frames += tuple(_copy(_frame(state, j)) for j in range(known, frame))
+
+
+def _frame(state: Mapping[str, Tensor], j: int) -> tuple[Tensor, ...]:
+    """What the cache entry of frame j depends on, beside the frames before it; (B, C, h, w) each."""
+    return tuple(state[key][:, j] for key in ("latents", "reference", "trajectory"))
+
+
+def _equal(a: tuple[Tensor, ...], b: tuple[Tensor, ...]) -> bool:
+    return len(a) == len(b) and all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def _copy(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return tuple(t.clone() for t in tensors)
