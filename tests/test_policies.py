@@ -110,7 +110,7 @@ class Masked(WanAttnProcessor):
 
 @torch.no_grad()
 def dense(policy, frames, timesteps, text, image=None):
-    """What the last layer predicts, (B, F, C, h, w), of frames (B, F, C_in, h, w) at timesteps (F,): diffusers' forward, masked."""
+    """What the last layer predicts, (B, F, C, h, w), of frames (B, F, C_in, h, w) at timesteps (F,): a masked forward."""
     model = policy.transformer
     config = {k: v for k, v in model.config.items() if not k.startswith("_") and k not in ("window", "prediction_type")}
     plain = WanTransformer3DModel(**config)
@@ -179,7 +179,7 @@ def test_a_model_may_predict_the_clean_frame():
     rollout = act(policy, Plan.every("cps"), conditions())
     with torch.no_grad():
         torch.testing.assert_close(policy(rollout).log_prob(rollout.actions), rollout.log_probs, atol=1e-4, rtol=0)
-    with pytest.raises(ValueError, match="prediction_type='epsilon'.*'flow_prediction' or 'sample'"):
+    with pytest.raises(ValueError, match=r"prediction_type='epsilon'.*'flow_prediction' or 'sample'"):
         small(prediction_type="epsilon")
 
 

@@ -51,6 +51,8 @@ class CodecLoss(nn.Module):
         latent_noise: std of the noise added to latents before decoding, so that small model errors stay small.
     """
 
+    vae: Any
+
     def __init__(self, vae: nn.Module, latent_noise: float = 0.05) -> None:
         super().__init__()
         self.vae, self.latent_noise = vae, latent_noise
@@ -88,7 +90,8 @@ def start_linear(vae: Any, images: Tensor) -> None:
     gain = gain / ((gain * sigma).square().mean()).sqrt()
     # a pixel (c, y, x) of a patch sits in slot ((c, y % 2, x % 2), y // 2, x // 2) after two unshuffles
     slot = torch.arange(48).view(3, 2, 2, 2, 2).permute(0, 3, 1, 4, 2).flatten()  # slot of pixel (c, Y, y, X, x)
-    for block in [m for m in vae.modules() if isinstance(m, ResBlock)]:
+    blocks: list[Any] = [m for m in vae.modules() if isinstance(m, ResBlock)]
+    for block in blocks:
         block.norm.weight.zero_()
     encoder, decoder = vae.encoder, vae.decoder
     _center(encoder.conv_in.conv, torch.eye(3))

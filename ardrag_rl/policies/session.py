@@ -15,6 +15,7 @@ from ardrag_rl.policies.transformer import Context
 if TYPE_CHECKING:
     from ardrag_rl.policies.policy import VideoPolicy
 
+_FRAME_KEYS = ("latents", "reference", "trajectory")
 Observation = Mapping[str, Any]  # the environment's keys; numpy or torch, with a leading batch dimension
 
 
@@ -98,10 +99,9 @@ class Session:
         if known == 0:
             self._cache, self._frames = self.policy.transformer.new_cache(), ()
         if known < frame:
-            past = (state[key][:, known:frame] for key in ("latents", "reference", "trajectory"))
-            _, entries = self.policy.transformer(
-                self._context, self.policy.frame_inputs(*past, first=known), cache=self._cache
-            )
+            latents, reference, trajectory = (state[k][:, known:frame] for k in _FRAME_KEYS)
+            inputs = self.policy.frame_inputs(latents, reference, trajectory, first=known)
+            _, entries = self.policy.transformer(self._context, inputs, cache=self._cache)
             self._cache = self._cache.append(entries)
             # copies: the caller may write into the arrays it observed
             self._frames += tuple(_copy(_frame(state, j)) for j in range(known, frame))
@@ -109,7 +109,7 @@ class Session:
 
 def _frame(state: Mapping[str, Tensor], j: int) -> tuple[Tensor, ...]:
     """What the cache entry of frame j depends on, beside the frames before it; (B, C, h, w) each."""
-    return tuple(state[key][:, j] for key in ("latents", "reference", "trajectory"))
+    return tuple(state[key][:, j] for key in _FRAME_KEYS)
 
 
 def _equal(a: tuple[Tensor, ...], b: tuple[Tensor, ...]) -> bool:
