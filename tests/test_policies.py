@@ -110,7 +110,7 @@ class Masked(WanAttnProcessor):
 
 @torch.no_grad()
 def dense(policy, frames, timesteps, text, image=None):
-    """What the last layer predicts, (B, F, C, h, w), of frames (B, F, C_in, h, w) at timesteps (F,): a masked forward."""
+    """What the last layer predicts, (B, F, C, h, w), of frames (B, F, C_in, h, w) at timesteps (F,), masked."""
     model = policy.transformer
     config = {k: v for k, v in model.config.items() if not k.startswith("_") and k not in ("window", "prediction_type")}
     plain = WanTransformer3DModel(**config)
