@@ -60,26 +60,10 @@ class PretrainArguments:
 
 def train_codec(args: PretrainArguments, pipeline: Path) -> None:
     """Stage 1: a 4x image autoencoder that convolves at reduced resolution (unshuffle first)."""
-    from diffusers import AutoencoderDC
-
-    from ardrag_rl.distill.codec_training import CodecImages, CodecLoss, start_linear
+    from ardrag_rl.distill.codec_training import CodecImages, CodecLoss, image_autoencoder, start_linear
 
     torch.manual_seed(args.seed)
-    vae = AutoencoderDC(
-        in_channels=3,
-        latent_channels=args.latent_channels,
-        attention_head_dim=16,
-        encoder_block_types="ResBlock",
-        decoder_block_types="ResBlock",
-        encoder_block_out_channels=(8, 24, 96),
-        decoder_block_out_channels=(8, 24, 96),
-        encoder_layers_per_block=(0, 1, 2),
-        decoder_layers_per_block=(0, 1, 2),
-        encoder_qkv_multiscales=((), (), ()),
-        decoder_qkv_multiscales=((), (), ()),
-        encoder_out_shortcut=False,
-        decoder_in_shortcut=False,
-    )
+    vae = image_autoencoder(args.latent_channels, (8, 24, 96), blocks=2)
     data = CodecImages(args.codec_steps * args.codec_batch, args.size, args.seed)
     start_linear(vae, torch.cat([data[i]["pixels"] for i in range(200)]))
     fit(args, "codec", CodecLoss(vae), data, args.codec_steps, args.codec_batch, args.codec_lr, args.compile)

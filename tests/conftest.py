@@ -19,29 +19,17 @@ WORDS = ("<pad>", "</s>", "<unk>", "a", "blue", "circle", "moves", "over", "red"
 @pytest.fixture(scope="session")
 def tiny_pipeline(tmp_path_factory) -> Path:
     """A pipeline folder in diffusers layout: 32x32 px, latents (4, 8, 8), 3 steps, a window of 3 frames."""
-    from diffusers import AutoencoderDC
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
     from ardrag_rl import hub
+    from ardrag_rl.distill.codec_training import image_autoencoder
     from ardrag_rl.flow import Schedule
     from ardrag_rl.policies import CausalWanTransformer3DModel
 
     path = tmp_path_factory.mktemp("pipeline")
     torch.manual_seed(0)
-    AutoencoderDC(
-        in_channels=3,
-        latent_channels=4,
-        attention_head_dim=8,
-        encoder_block_types="ResBlock",
-        decoder_block_types="ResBlock",
-        encoder_block_out_channels=(8, 16, 16),
-        decoder_block_out_channels=(8, 16, 16),
-        encoder_layers_per_block=(0, 1, 1),
-        decoder_layers_per_block=(0, 1, 1),
-        encoder_qkv_multiscales=((), (), ()),
-        decoder_qkv_multiscales=((), (), ()),
-    ).save_pretrained(path / "vae")
+    image_autoencoder(4, (8, 16, 16), blocks=1, shortcuts=True, head_dim=8).save_pretrained(path / "vae")
 
     tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()

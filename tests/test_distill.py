@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from ardrag_rl.codec import Codec
-from ardrag_rl.distill.codec_training import CodecImages, CodecLoss, start_linear
+from ardrag_rl.distill.codec_training import CodecImages, CodecLoss, image_autoencoder, start_linear
 from ardrag_rl.distill.flow_matching import FlowMatching, LatentClips, OwnRollouts
 from ardrag_rl.envs.sprites import Sprites
 from ardrag_rl.flow import Kernel
@@ -25,24 +25,8 @@ def batch(clips, count=4):
 
 
 def test_a_codec_starts_as_the_best_linear_one():
-    from diffusers import AutoencoderDC
-
     torch.manual_seed(0)
-    vae = AutoencoderDC(
-        in_channels=3,
-        latent_channels=6,
-        attention_head_dim=8,
-        encoder_block_types="ResBlock",
-        decoder_block_types="ResBlock",
-        encoder_block_out_channels=(8, 24, 96),
-        decoder_block_out_channels=(8, 24, 96),
-        encoder_layers_per_block=(0, 1, 1),
-        decoder_layers_per_block=(0, 1, 1),
-        encoder_qkv_multiscales=((), (), ()),
-        decoder_qkv_multiscales=((), (), ()),
-        encoder_out_shortcut=False,
-        decoder_in_shortcut=False,
-    )
+    vae = image_autoencoder(6, (8, 24, 96), blocks=1, head_dim=8)
     data = CodecImages(20, 32, seed=1)
     images = torch.cat([data[i]["pixels"] for i in range(20)])
     start_linear(vae, images)
@@ -56,22 +40,8 @@ def test_a_codec_starts_as_the_best_linear_one():
 
 
 def test_codec_loss_falls():
-    from diffusers import AutoencoderDC
-
     torch.manual_seed(0)
-    vae = AutoencoderDC(
-        in_channels=3,
-        latent_channels=4,
-        attention_head_dim=8,
-        encoder_block_types="ResBlock",
-        decoder_block_types="ResBlock",
-        encoder_block_out_channels=(8, 16, 16),
-        decoder_block_out_channels=(8, 16, 16),
-        encoder_layers_per_block=(0, 1, 1),
-        decoder_layers_per_block=(0, 1, 1),
-        encoder_qkv_multiscales=((), (), ()),
-        decoder_qkv_multiscales=((), (), ()),
-    )
+    vae = image_autoencoder(4, (8, 16, 16), blocks=1, shortcuts=True, head_dim=8)
     model = CodecLoss(vae)
     pixels = CodecImages(1, 32)[0]["pixels"][None]
     optimizer = torch.optim.Adam(model.parameters(), 3e-3)

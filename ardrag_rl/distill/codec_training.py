@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers.models.autoencoders.autoencoder_dc import ResBlock
+from diffusers.models.autoencoders.autoencoder_dc import AutoencoderDC, ResBlock
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
@@ -69,6 +69,33 @@ class CodecLoss(nn.Module):
         return {"loss": l1 + edges + 4 * (y - x).square().mean() + 0.02 * prior, "l1": l1.detach()}
 
 
+def image_autoencoder(
+    latent_channels: int, widths: tuple[int, int, int], blocks: int, shortcuts: bool = False, head_dim: int = 16
+) -> AutoencoderDC:
+    """A 4x image autoencoder that convolves at reduced resolution: it unshuffles pixels before its first block.
+
+    Args:
+        widths: channels at full, half and quarter resolution, the same in encoder and decoder.
+        blocks: residual blocks at quarter resolution; there is one at half and none at full.
+        shortcuts: over the ends of encoder and decoder; `start_linear` needs a codec without.
+    """
+    return AutoencoderDC(
+        in_channels=3,
+        latent_channels=latent_channels,
+        attention_head_dim=head_dim,
+        encoder_block_types="ResBlock",
+        decoder_block_types="ResBlock",
+        encoder_block_out_channels=widths,
+        decoder_block_out_channels=widths,
+        encoder_layers_per_block=(0, 1, blocks),
+        decoder_layers_per_block=(0, 1, blocks),
+        encoder_qkv_multiscales=((), (), ()),
+        decoder_qkv_multiscales=((), (), ()),
+        encoder_out_shortcut=shortcuts,
+        decoder_in_shortcut=shortcuts,
+    )
+
+
 @torch.no_grad()
 def start_linear(vae: Any, images: Tensor) -> None:
     """Initialises a 4x `AutoencoderDC` as the best linear codec of 4x4 patches, for training to improve on.
@@ -78,7 +105,7 @@ def start_linear(vae: Any, images: Tensor) -> None:
     constant, against which the decoder's last normalisation is all but linear.
 
     Args:
-        vae: three stages (0, 1, k layers), without the shortcuts over its ends, widths a, 6a', 24a' as in `pretrain`.
+        vae: of `image_autoencoder`, without shortcuts.
         images: (n, 3, H, W) in [0, 1], a sample of the domain.
     """
     patches = F.pixel_unshuffle(2 * images - 1, 4).movedim(1, -1).reshape(-1, 48)  # (patches, 3 * 4 * 4)
