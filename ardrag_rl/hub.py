@@ -12,7 +12,13 @@ from typing import Any
 from ardrag_rl.flow import Schedule
 
 ASSETS = Path(__file__).parent / "assets"
-COMPONENTS = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
+COMPONENTS = {  # folder -> (library, class); the codec may be any diffusers autoencoder
+    "transformer": ("ardrag_rl.policies", "CausalWanTransformer3DModel"),
+    "vae": ("diffusers", "AutoencoderDC"),
+    "text_encoder": ("transformers", "UMT5EncoderModel"),
+    "tokenizer": ("transformers", "PreTrainedTokenizerFast"),
+    "scheduler": ("diffusers", "FlowMatchEulerDiscreteScheduler"),
+}
 
 
 def pipeline_path(name: str | Path) -> Path:
@@ -77,14 +83,10 @@ def pipeline_size(path: Path) -> tuple[int, int]:
     return int(index["sample_height"]), int(index["sample_width"])
 
 
-def save_index(path: Path, height: int, width: int, components: dict[str, tuple[str, str]]) -> None:
-    """Writes model_index.json.
-
-    Args:
-        components: folder name -> (library, class name).
-    """
+def save_index(path: Path, height: int, width: int) -> None:
+    """Writes the model_index.json of a pipeline for height x width pixels, with the classes in `COMPONENTS`."""
     index: dict[str, Any] = {"_class_name": "ARDragPipeline"}
-    index.update({k: list(v) for k, v in components.items()})
+    index.update({k: list(v) for k, v in COMPONENTS.items()})
     index.update(sample_height=height, sample_width=width)
     write_json(path / "model_index.json", index)
 

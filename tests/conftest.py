@@ -13,17 +13,14 @@ import torch
 torch.set_num_threads(1)
 
 SIZE = 32  # px; latents are (4, 8, 8)
-WORDS = ("<pad>", "</s>", "<unk>", "a", "blue", "circle", "moves", "over", "red", "square", "the")
 
 
 @pytest.fixture(scope="session")
 def tiny_pipeline(tmp_path_factory) -> Path:
     """A pipeline folder in diffusers layout: 32x32 px, latents (4, 8, 8), 3 steps, a window of 3 frames."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
-    from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
-
     from ardrag_rl import hub
     from ardrag_rl.distill.codec_training import image_autoencoder
+    from ardrag_rl.distill.text_encoder import save_text_encoder
     from ardrag_rl.flow import Schedule
     from ardrag_rl.policies import CausalWanTransformer3DModel
 
@@ -31,15 +28,7 @@ def tiny_pipeline(tmp_path_factory) -> Path:
     torch.manual_seed(0)
     image_autoencoder(4, (8, 16, 16), blocks=1, shortcuts=True, head_dim=8).save_pretrained(path / "vae")
 
-    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=8
-    ).save_pretrained(path / "tokenizer")
-    UMT5EncoderModel(
-        UMT5Config(vocab_size=len(WORDS), d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2, dropout_rate=0.0)
-    ).save_pretrained(path / "text_encoder")
+    save_text_encoder(path, ["a blue circle moves over the red square"], dim=16, max_length=8)
 
     CausalWanTransformer3DModel(
         patch_size=(1, 2, 2),
@@ -55,16 +44,5 @@ def tiny_pipeline(tmp_path_factory) -> Path:
     ).save_pretrained(path / "transformer")
 
     hub.save_schedule(path, Schedule())
-    hub.save_index(
-        path,
-        SIZE,
-        SIZE,
-        {
-            "transformer": ("ardrag_rl.policies", "CausalWanTransformer3DModel"),
-            "vae": ("diffusers", "AutoencoderDC"),
-            "text_encoder": ("transformers", "UMT5EncoderModel"),
-            "tokenizer": ("transformers", "PreTrainedTokenizerFast"),
-            "scheduler": ("diffusers", "FlowMatchEulerDiscreteScheduler"),
-        },
-    )
+    hub.save_index(path, SIZE, SIZE)
     return path

@@ -232,7 +232,7 @@ def test_schedule_and_index_round_trip(tmp_path):
     assert hub.load_schedule(tmp_path) == Schedule((1000, 640.5))
     hub.write_json(tmp_path / "scheduler" / "scheduler_config.json", {"shift": 8})
     assert hub.load_schedule(tmp_path) == Schedule()
-    hub.save_index(tmp_path, 48, 64, {"vae": ("diffusers", "AutoencoderDC")})
+    hub.save_index(tmp_path, 48, 64)
     assert hub.pipeline_size(tmp_path) == (48, 64)
     assert hub.read_json(tmp_path / "model_index.json")["vae"] == ["diffusers", "AutoencoderDC"]
     hub.write_json(tmp_path / "model_index.json", {})

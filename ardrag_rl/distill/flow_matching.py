@@ -66,12 +66,11 @@ def _encode(folder: Path, codec: Codec, source: Sprites, num_clips: int, batch: 
     for start in tqdm(range(0, num_clips, batch), desc="encoding clips", mininterval=5):
         rows = range(start, min(start + batch, num_clips))
         controls = [source[i].control for i in rows]
-        with torch.autocast(codec.device.type, torch.bfloat16):
-            encoded = (
-                codec.encode(torch.stack([source.video(i) for i in rows])),
-                codec.encode_heat_maps(controls, source.height, source.width),
-                codec.encode_text([c.prompt for c in controls]),
-            )
+        encoded = (
+            codec.encode(torch.stack([source.video(i) for i in rows])),
+            codec.encode_heat_maps(controls, source.height, source.width),
+            codec.encode_text([c.prompt for c in controls]),
+        )
         for array, value in zip(arrays, encoded, strict=True):
             array[rows.start : rows.stop] = value.cpu().numpy()
     for array in arrays:

@@ -44,7 +44,7 @@ BACKGROUNDS = {
 }
 BAR = np.array((0.30, 0.24, 0.22))
 _COMBINATIONS = list(itertools.product(range(len(SHAPES)), range(len(COLOURS)), range(len(TEXTURES))))
-_SPLITS = {
+SPLITS = {
     "train": [c for c in _COMBINATIONS if (c[0] + 3 * c[1] + 5 * c[2]) % 8],
     "heldout": [c for c in _COMBINATIONS if not (c[0] + 3 * c[1] + 5 * c[2]) % 8],
 }
@@ -122,8 +122,8 @@ class Sprites:
     ) -> None:
         if level not in LEVELS:
             raise ValueError(f"sprite level {level!r} is unknown; choose one of {', '.join(LEVELS)}.")
-        if split not in _SPLITS:
-            raise ValueError(f"split {split!r} is unknown; choose one of {', '.join(_SPLITS)}.")
+        if split not in SPLITS:
+            raise ValueError(f"split {split!r} is unknown; choose one of {', '.join(SPLITS)}.")
         self.level, self.split, self.seed = level, split, seed
         self.num_frames = num_frames or LEVELS[level].num_frames
         self.height, self.width = height, width
@@ -154,7 +154,7 @@ class Sprites:
     def scene(self, index: int) -> Scene:
         """What task `index` shows."""
         level = LEVELS[self.level]
-        key = [self.seed, list(LEVELS).index(self.level), list(_SPLITS).index(self.split), index]
+        key = [self.seed, list(LEVELS).index(self.level), list(SPLITS).index(self.split), index]
         rng = np.random.default_rng(key)
         size = 64 * np.array([self.width, self.height]) / min(self.height, self.width)
         sprite = self._sprite(rng)
@@ -185,7 +185,7 @@ class Sprites:
         )
 
     def _sprite(self, rng: np.random.Generator) -> _Sprite:
-        options = _SPLITS[self.split]
+        options = SPLITS[self.split]
         shape, colour, texture = options[rng.integers(len(options))]
         return _Sprite(shape, colour, texture, float(rng.uniform(8.0, 11.0)))
 

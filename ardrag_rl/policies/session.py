@@ -24,7 +24,7 @@ class Session:
 
     An observation holds the whole Markov state, so any sequence of observations is answered correctly: where one
     continues the episode the cache is used, where it does not (a rewind, a fork, a new episode) the cache is rebuilt
-    by running all frames before m under the banded mask.
+    by running all frames before m under the banded mask. Weights are not watched: after an update, take a new session.
 
     Args:
         policy: a `VideoPolicy`.

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ardrag_rl.policies.cache import Cache, FrameEntry, LayerKV, RollingCache
 
-CHUNK_TOKENS = 256  # queries of consecutive frames that share one attention call
+CHUNK_TOKENS = 64  # queries of consecutive frames that share one attention call
 
 
 @dataclass(frozen=True)
@@ -259,9 +259,12 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, past: LayerKV | None, layout: _Layo
     """
     num_clean, rows, num_noisy, window = layout.num_clean, layout.rows, layout.num_noisy, layout.window
     clean_k, clean_v = k[:, :num_clean], v[:, :num_clean]
+    cached = 0 if past is None else past[0].shape[1]
     if past is not None:
-        clean_k, clean_v = torch.cat([past[0].to(k.dtype), clean_k], 1), torch.cat([past[1].to(v.dtype), clean_v], 1)
-    cached = clean_k.shape[1] - num_clean
+        old_k, old_v = past[0].to(k.dtype), past[1].to(v.dtype)
+        # a denoising step has no clean frame of its own, and copies nothing here
+        clean_k = torch.cat([old_k, clean_k], 1) if num_clean else old_k
+        clean_v = torch.cat([old_v, clean_v], 1) if num_clean else old_v
     tokens = q.shape[2]
     chunk = max(1, CHUNK_TOKENS // tokens)
     outputs = []

@@ -120,7 +120,10 @@ class GRPOConfig(trl.GRPOConfig):
     rollout_threads: int | None = field(
         default=None, metadata={"help": "torch threads of a rollout, part of its numbers; unset: as many as now."}
     )
-    groups_per_batch: int = field(default=1, metadata={"help": "Groups rolled out in one batch, the unit of work."})
+    groups_per_batch: int | None = field(
+        default=None,
+        metadata={"help": "Groups rolled out in one batch, the unit of work; unset: the largest divisor up to 4."},
+    )
     on_reward_error: str = field(
         default="raise", metadata={"help": "raise: save a checkpoint and stop; skip: go on without the group."}
     )
@@ -153,7 +156,7 @@ class GRPOConfig(trl.GRPOConfig):
         for name in ("epsilon", "ratio_tolerance"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name}={getattr(self, name)}: expected a number above 0.")
-        if self.rollout_workers < 0 or self.groups_per_batch < 1:
+        if self.rollout_workers < 0 or (self.groups_per_batch is not None and self.groups_per_batch < 1):
             raise ValueError(
                 f"rollout_workers={self.rollout_workers}, groups_per_batch={self.groups_per_batch}: expected 0 or "
                 "more, and 1 or more."
@@ -169,10 +172,13 @@ class GRPOConfig(trl.GRPOConfig):
                 f"a process generates {videos} videos, which groups of num_generations={self.num_generations} do not "
                 "fill: make per_device_train_batch_size * steps_per_generation a multiple of it."
             )
-        if (videos // self.num_generations) % self.groups_per_batch:
+        groups = videos // self.num_generations
+        if self.groups_per_batch is None:
+            self.groups_per_batch = max(n for n in range(1, 5) if groups % n == 0)
+        if groups % self.groups_per_batch:
             raise ValueError(
-                f"groups_per_batch={self.groups_per_batch} does not divide the {videos // self.num_generations} groups "
-                "a process generates; choose a divisor."
+                f"groups_per_batch={self.groups_per_batch} does not divide the {groups} groups a process generates; "
+                "choose a divisor."
             )
 
     @property

@@ -254,6 +254,7 @@ class GRPOTrainer(Trainer):
         """Rolls out this process's groups and returns them as scored micro-batches."""
         args, count = self.args, self.args.groups_per_generation
         assert args.steps_per_generation is not None and args.num_generations is not None
+        assert args.groups_per_batch is not None
         first = args.process_index * count
         groups = tuple(range(first, first + count))
         positions = tuple(generation * count * args.world_size + g for g in groups)

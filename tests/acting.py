@@ -1,0 +1,80 @@
+"""A policy acting by its sessions on conditions that an environment would fix at reset."""
+
+import torch
+
+from ardrag_rl.policies import CausalWanTransformer3DModel, VideoPolicy
+from ardrag_rl.rollout import Rollout
+
+BATCH, FRAMES, WINDOW = 2, 8, 3  # the last frame is beyond twice the window
+SHAPE = (4, 8, 8)
+SMALL = dict(
+    patch_size=(1, 4, 4),
+    num_attention_heads=2,
+    attention_head_dim=12,
+    in_channels=13,
+    out_channels=4,
+    text_dim=16,
+    freq_dim=16,
+    ffn_dim=32,
+    num_layers=2,
+)
+CLOSE = dict(atol=2e-5, rtol=1e-4)
+
+
+def small(seed=0, **changes):
+    torch.manual_seed(seed)
+    return VideoPolicy(CausalWanTransformer3DModel(**{**SMALL, "window": WINDOW, **changes}))
+
+
+def conditions(frames=FRAMES, batch=BATCH, seed=0, **extra):
+    """What an environment would fix at reset: noise, trajectory, reference, text."""
+    g = torch.Generator().manual_seed(seed)
+    noise, trajectory, reference = (torch.randn(batch, frames, *SHAPE, generator=g) for _ in range(3))
+    return {"noise": noise, "trajectory": trajectory, "reference": reference, "text": text_of(batch, g), **extra}
+
+
+def text_of(batch, g, length=8):
+    return torch.randn(batch, length, 16, generator=g)
+
+
+def observe(given, latents, m, n):
+    """The environment's observation of a batch at frame m, step n."""
+    obs = {key: value for key, value in given.items() if key != "noise"}
+    batch = len(latents)
+    return {**obs, "latents": latents, "frame": torch.full((batch, 1), m), "step": torch.full((batch, 1), n)}
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+@torch.no_grad()
+def act(policy, plan, given, seed=0):
+    """A rollout by sessions, as a collector takes it: recorded actions and the log-probabilities of the scored ones."""
+    noise = given["noise"]
+    batch, frames = noise.shape[:2]
+    session, g, latents = policy.session(batch), generator(seed), noise.clone()
+    states, log_probs = [], []
+    for m in range(frames):
+        chain = [latents[:, m].clone()]
+        for n, kernel in enumerate(plan.kernels):
+            step = session.transition(observe(given, latents, m, n), kernel)
+            chain.append(step.sample(g))
+            latents[:, m] = chain[-1]
+            if n in plan.scored:
+                log_probs.append(step.log_prob(chain[-1]))
+        states.append(torch.stack(chain, 1))
+    return Rollout(
+        trajectory=given["trajectory"],
+        reference=given["reference"],
+        text=given["text"],
+        image=given.get("image"),
+        latents=torch.stack(states, 1),
+        plan=plan,
+        schedule=policy.schedule,
+        log_probs=torch.stack(log_probs, 1).view(batch, frames, -1) if log_probs else torch.zeros(batch, frames, 0),
+        rewards=torch.zeros(batch, frames),
+        reward_terms={},
+        task_ids=("t",) * batch,
+        groups=torch.zeros(batch, dtype=torch.int64),
+    )
