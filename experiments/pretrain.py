@@ -4,8 +4,8 @@
     python experiments/pretrain.py --output_dir runs/tiny --stages codec     # one of them
 
 Every stage is a `transformers.Trainer` run with its own checkpoints under the output folder; the pipeline grows in
-`<output_dir>/pipeline`. What departs from the textbook: the few-step stage is not distribution matching but regression
-on the model's own rollouts, which the sprites allow because a drag path all but determines their video.
+`<output_dir>/pipeline`. What departs from the textbook: the few-step stage is not distribution matching but flow
+matching behind the model's own history, which the sprites allow because a drag path all but determines their video.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from trl import TrlParser
 
 from ardrag_rl import hub
 from ardrag_rl.codec import Codec
-from ardrag_rl.distill.flow_matching import FlowMatching, LatentClips, OwnRollouts
+from ardrag_rl.distill.flow_matching import FlowMatching, LatentClips, OwnHistory
 from ardrag_rl.distill.text_encoder import save_text_encoder
 from ardrag_rl.envs.sprites import LEVELS, SPLITS, Sprites
 from ardrag_rl.flow import Kernel, Schedule
@@ -54,9 +54,9 @@ class PretrainArguments:
     base_batch: int = field(default=8, metadata={"help": "Clips per update of the base."})
     base_lr: float = field(default=3e-3, metadata={"help": "Peak rate of the base."})
     base_rows: int = field(default=2, metadata={"help": "Noisy versions of a clip that share its clean history."})
-    few_step_steps: int = field(default=400, metadata={"help": "Updates on the model's own rollouts."})
-    few_step_batch: int = field(default=8, metadata={"help": "Clips per update on own rollouts."})
-    few_step_lr: float = field(default=1e-3, metadata={"help": "Peak rate on own rollouts."})
+    few_step_steps: int = field(default=400, metadata={"help": "Updates behind the model's own history."})
+    few_step_batch: int = field(default=8, metadata={"help": "Clips per update behind it."})
+    few_step_lr: float = field(default=1e-3, metadata={"help": "Peak rate behind it."})
     compile: bool = field(default=False, metadata={"help": "torch.compile the transformer block (2.5x on a CPU)."})
     save_steps: int = field(default=250, metadata={"help": "Updates between checkpoints."})
 
@@ -114,12 +114,12 @@ def _new_transformer(args: PretrainArguments, codec: Codec) -> CausalWanTransfor
 
 
 def train_few_step(args: PretrainArguments, pipeline: Path) -> None:
-    """Stage 4: regression of the base's own three-step rollouts, with its own history, onto the true frames."""
+    """Stage 4: flow matching behind the model's own history, so that errors do not add up over the frames."""
     _, data = _clips(args, pipeline)
     policy = VideoPolicy.from_pretrained(pipeline)
     _compile(args)
     kernels = (Kernel("ode"), Kernel("cps", 0.6), Kernel("renoise"))
-    model = OwnRollouts(policy, kernels)
+    model = OwnHistory(policy, kernels, rows=args.base_rows)
     fit(args, "few_step", model, data, args.few_step_steps, args.few_step_batch, args.few_step_lr)
     policy.save_pretrained(pipeline)
 

@@ -1,4 +1,4 @@
-"""Training from nothing: the linear start, flow matching, own rollouts."""
+"""Training from nothing: the linear start, flow matching, own history."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from ardrag_rl.codec import Codec
 from ardrag_rl.distill.codec_training import CodecImages, CodecLoss, image_autoencoder, start_linear
-from ardrag_rl.distill.flow_matching import FlowMatching, LatentClips, OwnRollouts
+from ardrag_rl.distill.flow_matching import FlowMatching, LatentClips, OwnHistory
 from ardrag_rl.envs.sprites import Sprites
 from ardrag_rl.flow import Kernel
 from ardrag_rl.policies import VideoPolicy
@@ -62,10 +62,10 @@ def test_encoded_clips_are_kept_and_equal_the_codecs(clips, tiny_pipeline):
     torch.testing.assert_close(item["latents"], codec.encode(source.video(5)[None])[0], atol=0.05, rtol=0.05)
 
 
-@pytest.mark.parametrize("kind", ["flow_matching", "own_rollouts"])
+@pytest.mark.parametrize("kind", ["flow_matching", "own_history"])
 def test_training_reaches_every_parameter_that_acts_and_lowers_the_loss(kind, clips, tiny_pipeline):
     policy = VideoPolicy.from_pretrained(tiny_pipeline)
-    model = FlowMatching(policy) if kind == "flow_matching" else OwnRollouts(policy, (Kernel("ode"), Kernel("renoise")))
+    model = FlowMatching(policy) if kind == "flow_matching" else OwnHistory(policy, (Kernel("ode"), Kernel("renoise")))
     data = batch(clips)
     optimizer = torch.optim.Adam(model.parameters(), 3e-3)
     losses = []

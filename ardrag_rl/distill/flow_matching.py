@@ -1,4 +1,4 @@
-"""Training the causal base: block-causal flow matching with clean history, then regression on its own rollouts."""
+"""Training the causal base: block-causal flow matching with clean history, then behind its own history."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from ardrag_rl.codec import Codec
 from ardrag_rl.envs.sprites import Sprites
-from ardrag_rl.flow import Kernel, interpolate, predict_x0, velocity
+from ardrag_rl.flow import Kernel, interpolate, velocity
 from ardrag_rl.policies import VideoPolicy
 from ardrag_rl.policies.generate import generate_latents
 from ardrag_rl.rollout import Plan
@@ -113,8 +113,7 @@ class FlowMatching(nn.Module):
         reference, target = reference_of(latents), latents[:, None].expand(shape)  # (B, rows, F, C, h, w)
         eps = torch.randn_like(target)
         x = interpolate(target, eps, t[..., None, None, None])
-        noise = self.history_noise * torch.rand(batch, 1, 1, 1, 1, device=latents.device)
-        history = latents + noise * torch.randn_like(latents)
+        history = self.history(latents, reference, trajectory, text)
         model = self.policy.transformer
         v, _ = model(
             model.encode_context(text),
@@ -124,35 +123,32 @@ class FlowMatching(nn.Module):
         )
         return {"loss": (v.float() - velocity(target, eps)).square().mean()}
 
+    def history(self, latents: Tensor, reference: Tensor, trajectory: Tensor, text: Tensor) -> Tensor:
+        """(B, F, C, h, w): the clean frames that later ones look back on; here the true ones, with a little noise."""
+        noise = self.history_noise * torch.rand(len(latents), 1, 1, 1, 1, device=latents.device)
+        return latents + noise * torch.randn_like(latents)
 
-class OwnRollouts(nn.Module):
-    """Few-step training: the model denoises whole videos with its own history, then every prediction it made is
-    regressed onto the true frame, in one block-causal replay.
 
-    This is regression to a mean, not distribution matching: it suits data whose control all but determines the video.
+class OwnHistory(FlowMatching):
+    """Few-step training: flow matching behind a history that the model made itself, in N steps a frame.
+
+    Errors that would add up over the frames are seen and undone. The noisy frames are still the true ones with noise,
+    so that a prediction keeps depending on the noisy frame, through which alone a policy can explore. This is
+    regression, not distribution matching: it suits data whose control all but determines the video.
 
     Args:
-        policy: its transformer is trained.
-        kernels: one is drawn per batch, so that the model meets the states of the samplers it will be used with.
+        policy, text_dropout, rows: as in `FlowMatching`.
+        kernels: one is drawn per batch, so that the model meets the samplers it will be used with.
     """
 
-    def __init__(self, policy: VideoPolicy, kernels: tuple[Kernel, ...]) -> None:
-        super().__init__()
-        self.policy, self.kernels = policy, kernels
+    def __init__(
+        self, policy: VideoPolicy, kernels: tuple[Kernel, ...], text_dropout: float = 0.1, rows: int = 1
+    ) -> None:
+        super().__init__(policy, 0.0, text_dropout, rows)
+        self.kernels = kernels
 
-    def forward(self, latents: Tensor, trajectory: Tensor, text: Tensor) -> dict[str, Tensor]:
-        """latents, trajectory: (B, F, C, h, w); text: (B, L, D)."""
-        steps = self.policy.schedule.num_steps
+    def history(self, latents: Tensor, reference: Tensor, trajectory: Tensor, text: Tensor) -> Tensor:
+        """(B, F, C, h, w): clean frames of the policy's own rollouts from these conditions."""
         kernel = self.kernels[int(torch.randint(len(self.kernels), ()))]
-        reference, noise = reference_of(latents), torch.randn_like(latents)
-        plan = Plan((kernel,) * (steps - 1) + (Kernel("ode"),))
-        own = generate_latents(self.policy, plan, noise, trajectory, reference, text)  # (B, F, N+1, C, h, w)
-        states = own[:, :, :-1].transpose(1, 2)  # (B, N, F, C, h, w)
-        shape = (-1, steps, *(-1,) * 4)
-        noisy = self.policy.frame_inputs(states, reference[:, None].expand(shape), trajectory[:, None].expand(shape))
-        clean = self.policy.frame_inputs(own[:, :, -1], reference, trajectory)[:, :-1]
-        t = torch.tensor(self.policy.schedule.levels[:-1], device=latents.device)[:, None]  # (N, 1)
-        model = self.policy.transformer
-        v, _ = model(model.encode_context(text), clean, noisy, 1000 * t)
-        error = predict_x0(states, v.float(), t[..., None, None, None]) - latents[:, None]
-        return {"loss": error.square().mean()}
+        plan = Plan((kernel,) * (self.policy.schedule.num_steps - 1) + (Kernel("ode"),))
+        return generate_latents(self.policy, plan, torch.randn_like(latents), trajectory, reference, text)[:, :, -1]
