@@ -258,43 +258,39 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, past: LayerKV | None, layout: _Layo
     at a time under a small banded one.
     """
     num_clean, rows, num_noisy, window = layout.num_clean, layout.rows, layout.num_noisy, layout.window
-    clean_k, clean_v = k[:, :num_clean], v[:, :num_clean]
-    cached = 0 if past is None else past[0].shape[1]
-    if past is not None:
-        old_k, old_v = past[0].to(k.dtype), past[1].to(v.dtype)
-        # a denoising step has no clean frame of its own, and copies nothing here
-        clean_k = torch.cat([old_k, clean_k], 1) if num_clean else old_k
-        clean_v = torch.cat([old_v, clean_v], 1) if num_clean else old_v
-    tokens = q.shape[2]
+    # split and unbind, never slices: the gradient of a slice is as large as what it was cut from
+    (q, own_q), (k, own_k), (v, own_v) = (x.split([num_clean, rows * num_noisy], 1) for x in (q, k, v))
+    old_k, old_v = ((), ()) if past is None else (x.to(k.dtype).unbind(1) for x in past)
+    keys, values = [*old_k, *k.unbind(1)], [*old_v, *v.unbind(1)]  # (B, n, H, d) for each clean frame
+    cached, tokens = len(old_k), q.shape[2]
     chunk = max(1, CHUNK_TOKENS // tokens)
     outputs = []
-    for a in range(0, num_clean, chunk):
-        b = min(a + chunk, num_clean)
+    for a, part in zip(range(0, num_clean, chunk), q.split(chunk, 1), strict=bool(num_clean)):
+        b = a + part.shape[1]
         lo, hi = max(0, cached + a - window), cached + b
         mask = None
         if b - a > 1:
             query, key = torch.arange(cached + a, cached + b)[:, None], torch.arange(lo, hi)
-            mask = _mask((key <= query) & (key >= query - window), tokens, q)
-        outputs.append(_sdpa(q[:, a:b], clean_k[:, lo:hi], clean_v[:, lo:hi], mask))
+            mask = _mask((key <= query) & (key >= query - window), tokens, part)
+        outputs.append(_sdpa(part, torch.stack(keys[lo:hi], 1), torch.stack(values[lo:hi], 1), mask))
     if not rows:
         return torch.cat(outputs, 1)
-    own_q, own_k, own_v = (x[:, num_clean:].unflatten(1, (rows, num_noisy)) for x in (q, k, v))
+    own_q, own_k, own_v = (x.unflatten(1, (rows, num_noisy)) for x in (own_q, own_k, own_v))
+    own_keys, own_values = own_k.unbind(2), own_v.unbind(2)  # (B, rows, n, H, d) for each noisy frame
     noisy = []
-    for a in range(0, num_noisy, chunk):
-        b = min(a + chunk, num_noisy)
+    for a, part in zip(range(0, num_noisy, chunk), own_q.split(chunk, 2), strict=True):
+        b = a + part.shape[2]
         lo, hi = max(0, cached + a - window), cached + b - 1
-        query, key = torch.arange(cached + a, cached + b)[:, None], torch.arange(lo, hi)
         mask = None
         if b - a > 1:
+            query, key = torch.arange(cached + a, cached + b)[:, None], torch.arange(lo, hi)
             own = torch.eye(b - a, dtype=torch.bool)
-            mask = _mask(torch.cat([(key < query) & (key >= query - window), own], 1), tokens, q)
-
-        def keys(clean: Tensor, own: Tensor, a: int = a, b: int = b, lo: int = lo, hi: int = hi) -> Tensor:
-            shared = clean[:, None, lo:hi].expand(-1, rows, -1, -1, -1, -1)
-            return torch.cat([shared, own[:, :, a:b]], 2).flatten(0, 1)  # (B rows, frames, n, H, d)
-
-        out = _sdpa(own_q[:, :, a:b].flatten(0, 1), keys(clean_k, own_k), keys(clean_v, own_v), mask)
-        noisy.append(out.unflatten(0, (-1, rows)))
+            mask = _mask(torch.cat([(key < query) & (key >= query - window), own], 1), tokens, part)
+        seen_k, seen_v = (
+            torch.stack([*(x[:, None].expand(-1, rows, -1, -1, -1) for x in clean[lo:hi]), *own[a:b]], 2).flatten(0, 1)
+            for clean, own in ((keys, own_keys), (values, own_values))
+        )  # (B rows, frames, n, H, d)
+        noisy.append(_sdpa(part.flatten(0, 1), seen_k, seen_v, mask).unflatten(0, (-1, rows)))
     outputs.append(torch.cat(noisy, 2).flatten(1, 2))
     return torch.cat(outputs, 1)
 

@@ -60,11 +60,11 @@ class GRPOConfig(trl.GRPOConfig):
 
     # TRL's names, other defaults
     output_dir: str | None = field(default="runs/grpo", metadata={"help": "Where checkpoints and the pipeline go."})
-    per_device_train_batch_size: int = field(default=24, metadata={"help": "Videos of a micro-batch per device."})
-    gradient_accumulation_steps: int = field(default=4, metadata={"help": "Micro-batches of one optimisation step."})
+    per_device_train_batch_size: int = field(default=12, metadata={"help": "Videos of a micro-batch per device."})
+    gradient_accumulation_steps: int = field(default=8, metadata={"help": "Micro-batches of one optimisation step."})
     num_generations: int | None = field(default=12, metadata={"help": "G, videos of one group (one task)."})
     max_steps: int = field(default=12, metadata={"help": "Optimisation steps, 1 or more."})
-    learning_rate: float = field(default=5e-5, metadata={"help": "Peak learning rate of AdamW."})
+    learning_rate: float = field(default=1e-4, metadata={"help": "Peak learning rate of AdamW."})
     lr_scheduler_type: str = field(default="constant", metadata={"help": "As in transformers."})
     max_grad_norm: float = field(default=1.0, metadata={"help": "Gradient norm above which it is clipped."})
     loss_type: str = field(default="grpo", metadata={"help": "grpo, reinforce, rloo, or a registered algorithm."})
