@@ -152,8 +152,9 @@ def write_gif(path: str | Path, video: Tensor | np.ndarray, fps: float = 8) -> N
         video = torch.from_numpy(video).permute(0, 3, 1, 2)
     frames = [Image.fromarray(f.permute(1, 2, 0).numpy()) for f in to_uint8(video)]
     try:
-        # one palette for all frames, or still areas flicker
-        palette = Image.fromarray(np.concatenate([np.asarray(f) for f in frames], 1)).quantize(256)
+        # one palette for all frames, or still areas flicker; of rare colours too, or small things lose theirs
+        everything = Image.fromarray(np.concatenate([np.asarray(f) for f in frames], 1))
+        palette = everything.quantize(256, method=Image.Quantize.MAXCOVERAGE, kmeans=3)
         indexed = [f.quantize(palette=palette, dither=Image.Dither.NONE) for f in frames]
         indexed[0].save(
             path, format="GIF", save_all=True, append_images=indexed[1:], duration=max(20, round(1000 / fps)), loop=0

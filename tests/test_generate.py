@@ -48,3 +48,16 @@ def test_the_script_writes_a_video(tiny_pipeline, tmp_path):
     command += ["--output", str(tmp_path / "video.mp4"), "--draw", "true"]
     subprocess.run(command, check=True, capture_output=True, timeout=300)
     assert len(read_video(tmp_path / "video.mp4")) == 4
+
+
+def test_a_gif_keeps_the_colour_of_small_things(tmp_path):
+    from PIL import Image
+
+    from ardrag_rl.media import write_gif
+
+    video = 0.2 + 0.4 * torch.rand(1, 3, 128, 128, generator=torch.Generator().manual_seed(0))
+    orange = torch.tensor([0.95, 0.58, 0.15])
+    video[0, :, 60:63, 60:63] = orange[:, None, None]
+    write_gif(tmp_path / "a.gif", video)
+    seen = torch.tensor(Image.open(tmp_path / "a.gif").convert("RGB").getpixel((62, 62))) / 255
+    assert (seen - orange).abs().max() < 0.1
