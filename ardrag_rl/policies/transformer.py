@@ -253,9 +253,8 @@ def _run_block(
 def _attend(q: Tensor, k: Tensor, v: Tensor, past: LayerKV | None, layout: _Layout) -> Tensor:
     """Each frame over the clean frames in its window and itself. (B, Ft, n, H, d) -> the same.
 
-    Queries go in chunks of consecutive frames against the slice of clean keys that any of them sees, so the cost is
-    linear in the number of frames and nothing is gathered. A chunk of one frame needs no mask; small frames go several
-    at a time under a small banded one.
+    Queries go in chunks of consecutive frames against the clean keys that any of them sees, so the cost is linear in
+    the number of frames. A chunk of one frame needs no mask; small frames go several at a time under a small banded one.
     """
     num_clean, rows, num_noisy, window = layout.num_clean, layout.rows, layout.num_noisy, layout.window
     # split and unbind, never slices: the gradient of a slice is as large as what it was cut from
@@ -264,9 +263,9 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, past: LayerKV | None, layout: _Layo
     keys, values = [*old_k, *k.unbind(1)], [*old_v, *v.unbind(1)]  # (B, n, H, d) for each clean frame
     cached, tokens = len(old_k), q.shape[2]
     chunk = max(1, CHUNK_TOKENS // tokens)
-    outputs = []
-    for a, part in zip(range(0, num_clean, chunk), q.split(chunk, 1), strict=bool(num_clean)):
-        b = a + part.shape[1]
+    outputs, parts = [], q.split(chunk, 1)
+    for a in range(0, num_clean, chunk):
+        part, b = parts[a // chunk], min(a + chunk, num_clean)
         lo, hi = max(0, cached + a - window), cached + b
         mask = None
         if b - a > 1:
@@ -277,9 +276,9 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, past: LayerKV | None, layout: _Layo
         return torch.cat(outputs, 1)
     own_q, own_k, own_v = (x.unflatten(1, (rows, num_noisy)) for x in (own_q, own_k, own_v))
     own_keys, own_values = own_k.unbind(2), own_v.unbind(2)  # (B, rows, n, H, d) for each noisy frame
-    noisy = []
-    for a, part in zip(range(0, num_noisy, chunk), own_q.split(chunk, 2), strict=True):
-        b = a + part.shape[2]
+    noisy, parts = [], own_q.split(chunk, 2)
+    for a in range(0, num_noisy, chunk):
+        part, b = parts[a // chunk], min(a + chunk, num_noisy)
         lo, hi = max(0, cached + a - window), cached + b - 1
         mask = None
         if b - a > 1:
