@@ -253,8 +253,8 @@ def _run_block(
 def _attend(q: Tensor, k: Tensor, v: Tensor, past: LayerKV | None, layout: _Layout) -> Tensor:
     """Each frame over the clean frames in its window and itself. (B, Ft, n, H, d) -> the same.
 
-    Queries go in chunks of consecutive frames against the clean keys that any of them sees, so the cost is linear in
-    the number of frames. A chunk of one frame needs no mask; small frames go several at a time under a small banded one.
+    Queries go in chunks of consecutive frames against the clean keys that any of them sees: the cost is linear in the
+    number of frames. A chunk of one frame needs no mask; small frames go several at a time under a small banded one.
     """
     num_clean, rows, num_noisy, window = layout.num_clean, layout.rows, layout.num_noisy, layout.window
     # split and unbind, never slices: the gradient of a slice is as large as what it was cut from
