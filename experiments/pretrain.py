@@ -69,7 +69,9 @@ def train_codec(args: PretrainArguments, pipeline: Path) -> None:
     vae = image_autoencoder(args.latent_channels, (8, 24, 96), blocks=2)
     data = CodecImages(args.codec_steps * args.codec_batch, args.size, args.seed)
     start_linear(vae, torch.cat([data[i]["pixels"] for i in range(200)]))
-    fit(args, "codec", CodecLoss(vae), data, args.codec_steps, args.codec_batch, args.codec_lr, args.compile)
+    fit(
+        args, "codec", CodecLoss(vae), data, args.codec_steps, args.codec_batch, args.codec_lr, compile_all=args.compile
+    )
     vae.save_pretrained(pipeline / "vae")
 
 
@@ -88,7 +90,7 @@ def train_base(args: PretrainArguments, pipeline: Path) -> None:
     policy = VideoPolicy(model, hub.load_schedule(pipeline), pipeline)
     _compile(args)
     loss = FlowMatching(policy, rows=args.base_rows)
-    fit(args, "base", loss, data, args.base_steps, args.base_batch, args.base_lr)
+    fit(args, "base", loss, data, args.base_steps, args.base_batch, args.base_lr, muon(loss, args.base_lr))
     policy.save_pretrained(pipeline)
 
 
@@ -120,7 +122,8 @@ def train_few_step(args: PretrainArguments, pipeline: Path) -> None:
     _compile(args)
     kernels = (Kernel("ode"), Kernel("cps", 0.6), Kernel("renoise"))
     model = OwnHistory(policy, kernels, rows=args.base_rows)
-    fit(args, "few_step", model, data, args.few_step_steps, args.few_step_batch, args.few_step_lr)
+    optimizer = muon(model, args.few_step_lr)
+    fit(args, "few_step", model, data, args.few_step_steps, args.few_step_batch, args.few_step_lr, optimizer)
     policy.save_pretrained(pipeline)
 
 
@@ -156,9 +159,10 @@ def fit(
     steps: int,
     batch: int,
     rate: float,
+    optimizer: torch.optim.Optimizer | None = None,
     compile_all: bool = False,
 ) -> None:
-    """One resumable Trainer run."""
+    """One resumable Trainer run; the optimizer is AdamW where none is given."""
     folder = Path(args.output_dir) / stage
     settings = TrainingArguments(
         output_dir=str(folder),
@@ -167,6 +171,7 @@ def fit(
         learning_rate=rate,
         lr_scheduler_type="cosine",
         warmup_steps=min(100, steps // 10),
+        weight_decay=0.01,
         max_grad_norm=1.0,
         bf16=args.bf16,
         use_cpu=args.use_cpu or not torch.cuda.is_available(),
@@ -180,7 +185,7 @@ def fit(
         torch_compile=compile_all,
     )
     last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
-    trainer = Trainer(model=model, args=settings, train_dataset=data, optimizers=(muon(model, rate), None))
+    trainer = Trainer(model=model, args=settings, train_dataset=data, optimizers=(optimizer, None))
     trainer.train(resume_from_checkpoint=last)
     model.eval()
 

@@ -1,4 +1,4 @@
-"""compare.py and benchmark.py: the statistics, the variants, and both scripts on a random pipeline."""
+"""compare.py, benchmark.py and pretrain.py: the statistics, the variants, and the scripts on small pipelines."""
 
 import importlib
 import json
@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from ardrag_rl.envs import ARDragEnv, ARDragVectorEnv, NoiseAction
+from ardrag_rl.flow import Kernel
 from ardrag_rl.policies import VideoPolicy
 from ardrag_rl.training.aggregate import bootstrap_runs, interquartile_mean
 from ardrag_rl.training.collect import collect
@@ -256,3 +257,24 @@ def test_benchmark_refuses(script, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["benchmark.py", "--only", "speed"])
     with pytest.raises(SystemExit, match="choose of cache, replay"):
         script("benchmark").main()
+
+
+# --- pretrain
+
+
+@pytest.mark.slow
+def test_pretraining_makes_a_pipeline_stage_by_stage(tmp_path):
+    stages = ["codec", "text", "base", "few_step"]
+    for stage in stages:  # each in a process of its own, as a run that was interrupted goes on
+        subprocess.run(
+            [sys.executable, EXPERIMENTS / "pretrain.py", "--output_dir", tmp_path, "--size", "32", "--clips", "4",
+             "--codec_steps", "1", "--codec_batch", "1", "--base_steps", "2", "--base_batch", "2",
+             "--few_step_steps", "1", "--few_step_batch", "2", "--stages", stage],
+            check=True, capture_output=True,
+        )  # fmt: skip
+    policy = VideoPolicy.from_pretrained(tmp_path / "pipeline")
+    env = ARDragEnv(tmp_path / "pipeline", "sprites", num_frames=2)
+    obs, _ = env.reset(seed=0)
+    action = policy.session(1).transition({k: v[None] for k, v in obs.items()}, Kernel("ode")).mean[0]
+    assert action.shape == env.action_space.shape and torch.isfinite(action).all()
+    assert {p.name for p in tmp_path.iterdir()} >= {"pipeline", "clips", "codec", "base", "few_step"}
