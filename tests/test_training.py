@@ -387,8 +387,8 @@ def test_gate_stops_a_replay_that_is_not_the_policy_that_acted(tiny_pipeline, tm
 
 @pytest.mark.parametrize(("with_nan", "said"), [(False, "file is gone"), (True, "nan")])
 def test_failing_reward_is_named_and_its_checkpoint_kept(tiny_pipeline, tmp_path, with_nan, said):
-    # each of 2 groups starts a session per update: the fifth is in the third update
-    reward = Failing(lambda calls: calls >= 5, with_nan)
+    # both groups share a batch, which starts a session per update: the third is in the third update
+    reward = Failing(lambda calls: calls >= 3, with_nan)
     trainer = trainer_of(tiny_pipeline, tmp_path, [reward], max_steps=4)
     with pytest.raises(RewardError, match=f"failing.*{said}") as caught:
         trainer.train()
