@@ -13,7 +13,7 @@ from ardrag_rl.rollout import Plan, Rollout
 
 if TYPE_CHECKING:
     from ardrag_rl.codec import Codec
-    from ardrag_rl.generate import generate
+    from ardrag_rl.generation import generate
     from ardrag_rl.policies import VideoPolicy
     from ardrag_rl.training.algorithms import register_algorithm
     from ardrag_rl.training.collect import collect
@@ -28,7 +28,7 @@ _LAZY = {
     "GRPOTrainer": "ardrag_rl.training.trainer",
     "VideoPolicy": "ardrag_rl.policies",
     "collect": "ardrag_rl.training.collect",
-    "generate": "ardrag_rl.generate",
+    "generate": "ardrag_rl.generation",
     "register_algorithm": "ardrag_rl.training.algorithms",
 }
 
@@ -52,7 +52,5 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name in _LAZY:
-        value = getattr(import_module(_LAZY[name]), name)
-        globals()[name] = value  # over the submodule of the same name, `generate`
-        return value
+        return getattr(import_module(_LAZY[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

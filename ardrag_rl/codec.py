@@ -59,6 +59,9 @@ class Codec:
             raise ValueError(
                 f"vae/config.json of {str(path)!r} names the class {name!r}: expected a diffusers autoencoder."
             )
+        for part in ("text_encoder", "tokenizer"):  # a missing one is otherwise looked for on the hub
+            if not (path / part).is_dir():
+                raise ValueError(f"pipeline {str(path)!r} has no folder {part}/.")
         vae = vae_class.from_pretrained(path / "vae", use_safetensors=True)
         text_encoder = AutoModelForTextEncoding.from_pretrained(path / "text_encoder", use_safetensors=True)
         return cls(vae, text_encoder, AutoTokenizer.from_pretrained(path / "tokenizer"), device)

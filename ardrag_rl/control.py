@@ -49,7 +49,7 @@ class Control:
         if ((touched < 0) | (touched > 1)).any():
             raise ValueError(
                 f"a touched point has the coordinate {_worst(touched)}, outside [0, 1]: divide pixels by width and "
-                "height, and give a point that leaves the frame the intensity 0."
+                'height (a drag file may have "units": "pixels"); a point that leaves the frame has the intensity 0.'
             )
         visible = intensity > 0 if self.visible is None else torch.as_tensor(self.visible).bool()
         if visible.shape != intensity.shape:

@@ -124,7 +124,7 @@ class GaussianStep:
     def kl(self, other: GaussianStep, reduction: Reduction = "mean") -> Tensor:
         """KL(self || other) = (mu_p - mu_q)^2 / (2 s^2) for two steps of one kernel, reduced like `log_prob`."""
         std = self._density("kl")
-        if not torch.equal(std, torch.as_tensor(other.std, dtype=torch.float32, device=std.device).expand_as(std)):
+        if not torch.equal(*torch.broadcast_tensors(std, torch.as_tensor(other.std, device=std.device).float())):
             raise ValueError("kl needs two steps of the same kernel at the same noise level; their std differ.")
         return _reduce((self.mean - other.mean) ** 2 / (2 * std**2), reduction)
 

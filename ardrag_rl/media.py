@@ -54,6 +54,27 @@ def read_image(path: str | Path) -> Tensor:
     return torch.from_numpy(array.copy()).permute(2, 0, 1).float() / 255
 
 
+def as_image(image: Any) -> Tensor:
+    """A file, a PIL image, an array (H, W, 3) or a tensor (3, H, W), as (3, H, W) float32 in [0, 1].
+
+    Integers are taken as 0 to 255.
+
+    Raises:
+        MediaError: a file cannot be read.
+        TypeError: it is none of these.
+    """
+    if isinstance(image, str | Path):
+        return read_image(image)
+    if isinstance(image, Tensor):
+        return image.float() if image.is_floating_point() else image.float() / 255
+    if hasattr(image, "convert"):  # PIL
+        image = np.array(image.convert("RGB"))
+    if not isinstance(image, np.ndarray) or image.ndim != 3 or image.shape[-1] != 3:
+        what = f"an array of shape {image.shape}" if isinstance(image, np.ndarray) else f"a {type(image).__name__}"
+        raise TypeError(f"the image is {what}: expected a file, a PIL image, an array (H, W, 3) or a tensor (3, H, W).")
+    return as_image(torch.from_numpy(image).permute(2, 0, 1))
+
+
 def write_image(path: str | Path, image: Tensor) -> None:
     """Writes (3, H, W) in [0, 1]; the suffix chooses the format."""
     from PIL import Image

@@ -44,7 +44,7 @@ from ardrag_rl.hub import write_json
 from ardrag_rl.policies import VideoPolicy
 from ardrag_rl.rewards import make_rewards
 from ardrag_rl.training.aggregate import bootstrap_runs
-from ardrag_rl.training.config import GRPOConfig, reward_spec
+from ardrag_rl.training.config import GRPOConfig, reward_spec, reward_weights
 from ardrag_rl.training.evaluate import evaluate
 from ardrag_rl.training.report import LOWER_IS_BETTER, Interval
 from ardrag_rl.training.trainer import GRPOTrainer
@@ -81,7 +81,7 @@ VARIANTS = {
     "return-to-go": Variant("a frame answers for itself and all later frames", {"credit": "return_to_go"}),
     "episode": Variant("a frame answers for the whole video", {"credit": "episode"}),
     # how to learn
-    "group-std": Variant("advantages divided by the group's spread: Eq. 13 to the letter", {"scale_rewards": "group"}),
+    "no-std": Variant("advantages centred, not divided by the group's spread", {"scale_rewards": "none"}),
     "reuse": Variant("two updates per batch of videos, where Eq. 14's clip acts", {"num_iterations": 2}),
     "reinforce": Variant("the plain policy gradient, no ratio, no clip", {"loss_type": "reinforce"}),
     "rloo": Variant("leave-one-out baseline, no ratio, no clip", {"loss_type": "rloo", "scale_rewards": "none"}),
@@ -137,8 +137,7 @@ def parse(*flags: str) -> tuple[CompareArguments, GRPOConfig]:
     parser = TrlParser((CompareArguments, GRPOConfig))  # type: ignore[arg-type]
     parser.set_defaults(output_dir="runs/compare", report_to="none", save_strategy="no", disable_tqdm=True)
     script, args = parser.parse_args_and_config([*sys.argv[1:], *flags])
-    if isinstance(script.rewards, str):
-        script.rewards = json.loads(script.rewards)
+    script.rewards = reward_weights(script.rewards)
     return script, args
 
 

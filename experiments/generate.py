@@ -9,12 +9,14 @@ fractions of width and height. The output is an .mp4 or a .gif; `--draw true` sh
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from trl import TrlParser
 
 import ardrag_rl
 from ardrag_rl.envs.render import draw_drag
+from ardrag_rl.envs.tasks import fit, image_task
 from ardrag_rl.media import write_gif, write_video
 
 
@@ -39,10 +41,16 @@ def main() -> None:
     (args,) = TrlParser((GenerateArguments,)).parse_args_and_config()
     if not args.output.lower().endswith((".mp4", ".gif")):
         raise ValueError(f"output={args.output!r}: expected a name that ends in .mp4 or .gif.")
-    video, control = ardrag_rl.generate(
+    if not args.fps > 0:
+        raise ValueError(f"fps={args.fps}: expected a number above 0.")
+    if not Path(args.output).parent.is_dir():
+        raise ValueError(f"output={args.output!r}: the folder {str(Path(args.output).parent)!r} is not there.")
+    video = ardrag_rl.generate(
         args.pipeline, args.image, args.drag, args.prompt, args.seed, args.num_frames, device=args.device
     )
     if args.draw:
+        task = image_task(args.image, args.drag, args.prompt, len(video))
+        control = fit(task, len(video), *video.shape[-2:]).control
         drawn = [torch.from_numpy(draw_drag(frame, control, t)) for t, frame in enumerate(video)]
         video = torch.stack(drawn).permute(0, 3, 1, 2) / 255
     (write_gif if args.output.lower().endswith(".gif") else write_video)(args.output, video, args.fps)

@@ -10,8 +10,6 @@ policy towards what scored above its group. A run ends with its folder holding t
 before_after.gif (Fig. 5). Settings are those of `GRPOConfig` (TRL's names) and of `ScriptArguments` below.
 
 How it departs from the textbook, and why we say "GRPO":
-- Advantages are centred on the group but by default not divided by its standard deviation: a group in which all videos
-  are equally good would have its noise blown up. `--scale_rewards group` is Eq. 13 to the letter.
 - A frame answers for its own reward, not for the video's (`--credit return_to_go | episode` for that).
 - With one update per generation the ratio is 1 and nothing is clipped: it is REINFORCE with a group baseline until
   `--num_iterations` exceeds 1. Log-probabilities are means over the latent, so `--epsilon` is about 1e-3.
@@ -20,7 +18,6 @@ How it departs from the textbook, and why we say "GRPO":
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import sys
@@ -35,7 +32,7 @@ from trl import TrlParser
 
 from ardrag_rl.policies import VideoPolicy
 from ardrag_rl.rollout import Plan
-from ardrag_rl.training.config import GRPOConfig
+from ardrag_rl.training.config import GRPOConfig, reward_weights
 from ardrag_rl.training.evaluate import Evaluation, evaluate
 from ardrag_rl.training.report import format_table, write_report
 from ardrag_rl.training.trainer import GRPOTrainer
@@ -51,11 +48,11 @@ class ScriptArguments:
     rewards: dict[str, float] | str | None = field(
         default=None, metadata={"help": "Weights by name, as JSON; unset: aesthetic and motion, 1 each."}
     )
-    eval_size: int = field(default=256, metadata={"help": "Held-out tasks of the evaluation."})
+    eval_size: int = field(default=256, metadata={"help": "Held-out tasks of the evaluation; all-renoise: a quarter."})
     eval_batch: int = field(default=32, metadata={"help": "Videos generated at once in it."})
     eval_videos: int = field(default=6, metadata={"help": "Videos of before_after.gif."})
     resume: bool = field(default=False, metadata={"help": "Go on from the last checkpoint of output_dir."})
-    overwrite: bool = field(default=False, metadata={"help": "Delete what output_dir holds."})
+    overwrite: bool = field(default=False, metadata={"help": "Delete the run that output_dir holds."})
 
 
 def main() -> None:
@@ -64,19 +61,19 @@ def main() -> None:
     folder = Path(args.output_dir)
     checkpoint = prepare(folder, script) if args.should_save else None
     os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(folder / "logs"))
-    rewards = json.loads(script.rewards) if isinstance(script.rewards, str) else script.rewards
     policy = VideoPolicy.from_pretrained(script.pipeline)
-    trainer = GRPOTrainer(policy, args, script.tasks, rewards, pipeline=script.pipeline)
+    trainer = GRPOTrainer(policy, args, script.tasks, reward_weights(script.rewards), pipeline=script.pipeline)
 
     judge = Judge(trainer, script)
+    if script.overwrite and args.should_save:
+        clear(folder)  # only now, when all that can be wrong with the settings is known
     start = time.perf_counter()
     before, before_renoise = judge("before"), judge("before, renoise", "renoise")
     trained = time.perf_counter()
     trainer.train(resume_from_checkpoint=checkpoint)
     done = time.perf_counter()
-    after, after_renoise = judge("after"), judge("after, renoise", "renoise")
-
     trainer.save_model()
+    after, after_renoise = judge("after"), judge("after, renoise", "renoise")
     if trainer.is_world_process_zero():
         facts = {
             "command": " ".join(sys.argv),
@@ -89,10 +86,11 @@ def main() -> None:
         others = {"before_renoise": before_renoise, "after_renoise": after_renoise}
         table = format_table(write_report(folder, before, after, others, trainer.state.log_history, facts))
         print(f"\n{table}\n\n{folder}/: the pipeline, report.json, curves.png, before_after.gif, logs/")
+    trainer.accelerator.end_training()  # a process group that is not taken down can abort at exit
 
 
 class Judge:
-    """The same held-out tasks with the same noise, every time it is asked."""
+    """The same held-out tasks with the same noise, every time it is asked; a quarter of them for another kernel."""
 
     def __init__(self, trainer: GRPOTrainer, script: ScriptArguments) -> None:
         self._policy, self._seed, self._videos = trainer.policy, trainer.args.seed, script.eval_videos
@@ -102,25 +100,38 @@ class Judge:
 
     def __call__(self, label: str, kernel: str = "ode") -> Evaluation:
         plan = Plan.all(kernel, self._policy.schedule.num_steps)
-        with tqdm(total=len(self._tasks), desc=label, unit="video") as bar:
+        tasks = self._tasks if kernel == "ode" else self._tasks[: max(1, len(self._tasks) // 4)]
+        with tqdm(total=len(tasks), desc=label, unit="video") as bar:
             return evaluate(
-                self._envs, self._policy, self._tasks, plan, self._seed, self._videos,
+                self._envs, self._policy, tasks, plan, self._seed, self._videos,
                 progress=lambda done: bar.update(done - bar.n),
             )  # fmt: skip
 
 
+RUN_FILES = ("report.json", "checkpoint-*", "logs")  # what tells a run's folder from another
+
+
+def clear(folder: Path) -> None:
+    """Empties a run's folder."""
+    shutil.rmtree(folder)
+    folder.mkdir()
+
+
 def prepare(folder: Path, script: ScriptArguments) -> str | None:
-    """The run's folder, and the checkpoint to resume from. Never overwrites what it was not told to."""
+    """The checkpoint to resume from, if any, once the folder and the settings are seen to be usable."""
     if script.resume and script.overwrite:
         raise SystemExit("--resume and --overwrite exclude each other.")
     if folder.exists() and any(folder.iterdir()):
         if script.overwrite:
-            shutil.rmtree(folder)
+            if not any(any(folder.glob(mark)) for mark in RUN_FILES):
+                raise SystemExit(f"--overwrite: {folder} holds no run ({', '.join(RUN_FILES)}) and is left as it is.")
         elif not script.resume:
             raise SystemExit(
                 f"{folder} is not empty: pass --resume to go on from its last checkpoint, --overwrite to delete it, or "
                 "another --output_dir."
             )
+    if script.eval_size < 1 or script.eval_batch < 1:
+        raise SystemExit(f"--eval_size {script.eval_size} --eval_batch {script.eval_batch}: expected 1 or more.")
     folder.mkdir(parents=True, exist_ok=True)
     if not script.resume:
         return None

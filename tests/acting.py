@@ -49,6 +49,14 @@ def generator(seed=0):
 
 
 @torch.no_grad()
+def clean_pass(policy, given, clean):
+    """Clean frames as the transformer takes them, their context, and the cache entries they leave."""
+    inputs = policy.frame_inputs(clean, given["reference"], given["trajectory"])
+    context = policy.transformer.encode_context(given["text"])
+    return inputs, context, policy.transformer(context, inputs)[1]
+
+
+@torch.no_grad()
 def act(policy, plan, given, seed=0):
     """A rollout by sessions, as a collector takes it: recorded actions and the log-probabilities of the scored ones."""
     noise = given["noise"]

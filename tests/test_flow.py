@@ -1,6 +1,7 @@
 """The kernel table, its marginals, and the Gaussian a step is."""
 
 import math
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -309,6 +310,8 @@ def test_kl_is_zero_to_itself_only_and_of_one_kernel():
     x, v = pair()
     step = Kernel("cps").step(x, v, 0.755, 0.522)
     assert torch.equal(step.kl(step), torch.zeros(2))
+    wide = replace(step, std=torch.as_tensor(step.std).expand(2, 1, 1, 1))
+    assert torch.equal(step.kl(wide), wide.kl(step))
     assert (step.kl(Kernel("cps").step(x, v + 0.1, 0.755, 0.522)) > 0).all()
     with pytest.raises(ValueError, match="same kernel"):
         step.kl(Kernel("cps", 0.2).step(x, v, 0.755, 0.522))

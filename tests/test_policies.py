@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from acting import BATCH, CLOSE, FRAMES, SHAPE, WINDOW, act, conditions, generator, observe, small, text_of
+from acting import BATCH, CLOSE, FRAMES, SHAPE, WINDOW, act, clean_pass, conditions, generator, observe, small, text_of
 from diffusers import WanTransformer3DModel
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 
@@ -134,12 +134,9 @@ def test_chunks_do_not_change_the_numbers(policy, tokens, monkeypatch):
 
 def test_a_cache_continues_a_pass(policy):
     """Clean frames at once, one by one or in parts leave the same entries, and noisy frames continue any of them."""
-    given, clean = conditions(), conditions(seed=1)["noise"]
-    model = policy.transformer
-    inputs = policy.frame_inputs(clean, given["reference"], given["trajectory"])
+    given, model = conditions(), policy.transformer
+    inputs, context, whole = clean_pass(policy, given, conditions(seed=1)["noise"])
     with torch.no_grad():
-        context = model.encode_context(given["text"])
-        _, whole = model(context, inputs)
         for parts in ((1,) * FRAMES, (3, 5), (2, 4, 2)):
             cache, got = model.new_cache(), []
             for part in inputs.split(parts, 1):

@@ -1,12 +1,15 @@
 """A policy and its files; generation by it."""
 
+import json
+import shutil
+
 import pytest
 import torch
 from acting import BATCH, CLOSE, SHAPE, SMALL, WINDOW, act, conditions, generator, small
 from diffusers import WanTransformer3DModel
 
 from ardrag_rl.codec import Codec
-from ardrag_rl.flow import Schedule
+from ardrag_rl.flow import Kernel, Schedule
 from ardrag_rl.policies import CausalWanTransformer3DModel, VideoPolicy
 from ardrag_rl.policies.generate import generate_latents
 from ardrag_rl.rollout import Plan
@@ -47,6 +50,7 @@ def test_a_saved_policy_is_a_whole_pipeline(policy, tmp_path):
     assert not list(folder.rglob("*.bin")) and list(folder.glob("transformer/*.safetensors"))
     loaded.save_pretrained(folder)  # onto itself
     Codec.from_pretrained(folder)
+    assert not any(str(tmp_path) in file.read_text() for file in folder.rglob("*.json"))  # no path of this machine
 
 
 def test_saving_without_a_source_writes_what_there_is(policy, tmp_path):
@@ -60,6 +64,16 @@ def test_loading_says_what_is_wrong(tiny_pipeline, tmp_path):
     (tmp_path / "model_index.json").write_text("{}")
     with pytest.raises(ValueError, match="transformer"):
         VideoPolicy.from_pretrained(tmp_path)
+    broken = tmp_path / "broken"
+    shutil.copytree(tiny_pipeline, broken)
+    config = broken / "transformer" / "config.json"
+    for layers in (1, 3):
+        config.write_text(json.dumps({**json.loads(config.read_text()), "num_layers": layers}))
+        with pytest.raises(ValueError, match=r"not fit its config\.json"):
+            VideoPolicy.from_pretrained(broken)
+    shutil.rmtree(broken / "tokenizer")
+    with pytest.raises(ValueError, match="has no folder tokenizer/"):
+        Codec.from_pretrained(broken)
 
 
 def test_a_bare_diffusers_transformer_loads(tmp_path):
@@ -79,8 +93,12 @@ def test_bad_models_and_calls(policy):
         small(window=0)
     with pytest.raises(ValueError, match="in_channels=4: expected more than 12"):
         small(in_channels=4)
+    with pytest.raises(ValueError, match=r"expected a batch, .* value\[None\]"):
+        policy.session(1).transition({"latents": torch.zeros(2, 4, 8, 8), "frame": [0], "step": [0]}, Kernel("ode"))
     model = policy.transformer
     context = model.encode_context(torch.zeros(1, 8, 16))
+    with pytest.raises(ValueError, match="image tokens"):
+        small(image_dim=8, added_kv_proj_dim=24).transformer.encode_context(torch.zeros(1, 8, 16))
     frames = torch.zeros(1, 4, 13, 8, 8)
     with pytest.raises(ValueError, match="both are None"):
         model(context)

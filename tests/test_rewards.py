@@ -120,10 +120,13 @@ def test_frames_without_touched_and_visible_points_score_zero_and_do_not_count()
 def test_a_point_starts_where_it_is_first_touched() -> None:
     points = torch.zeros(4, 2, 3)
     points[2:, 0] = torch.tensor([0.25, 0.75, 1.0])
+    # smooth: white noise hardly correlates with itself between pixels
+    rough = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    still = torch.nn.functional.interpolate(rough, (32, 32), mode="bilinear")[:, None].expand(-1, 4, -1, -1, -1)
     queries = first_touches([control(points), control(torch.tensor([[[0.1, 0.2, 1.0]]]))])
     assert queries[0].tolist() == [[2.0, 0.25, 0.75], [-1.0, 0.0, 0.0]]  # the second is never touched
     assert queries[1, 0].tolist() == pytest.approx([0.0, 0.1, 0.2])
-    tracks = TemplateTracker().start(queries).append(torch.rand(2, 1, 3, 32, 32).expand(-1, 4, -1, -1, -1))
+    tracks = TemplateTracker().start(queries).append(still)
     assert tracks.visible[0].tolist() == [[False, False], [False, False], [True, False], [True, False]]
 
 
@@ -257,6 +260,17 @@ def test_a_reward_that_is_not_causal_has_no_session() -> None:
         AtTheEnd().start([])
 
 
+@pytest.mark.parametrize("scores", [torch.zeros(1), torch.zeros(1, 9), 0.5, None, [[0.0]]])
+def test_a_session_names_the_reward_whose_scores_do_not_fit(scores: object) -> None:
+    class Wrong(Brightness):
+        def __call__(self, video: Tensor, controls: object) -> Tensor:
+            return scores  # type: ignore[return-value]
+
+    session = Wrong().start([control(torch.zeros(3, 0, 3))])
+    with pytest.raises(RewardError, match=r"'wrong' returned .*\(1, 2\)"):
+        session.append(torch.zeros(1, 2, 3, 8, 8))
+
+
 # --- registry and checks ---------------------------------------------------------------------------------------------
 
 
@@ -304,6 +318,8 @@ def test_registering(monkeypatch: pytest.MonkeyPatch) -> None:
 
     assert make_rewards(["mine"])[0].reward.name == "mine"
     register_reward("mine")(Mine)  # the same again, as in a notebook
+    register_reward("narrow")(lambda: Motion(alpha=1e-3))
+    assert [term.name for term in make_rewards({"motion": 1.0, "narrow": 1.0})] == ["motion", "narrow"]
     with pytest.raises(ValueError, match="'motion' is registered already"):
         register_reward("motion")(Mine)
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from acting import BATCH, CLOSE, FRAMES, SHAPE, WINDOW, conditions, observe
+from acting import BATCH, CLOSE, FRAMES, SHAPE, WINDOW, clean_pass, conditions, observe
 
 from ardrag_rl.flow import Kernel
 from ardrag_rl.policies import RollingCache, VideoPolicy
@@ -127,13 +127,8 @@ def test_bad_observations(policy):
 
 
 def test_a_cache_is_never_written_to(policy):
-    given, clean = conditions(), conditions(seed=1)["noise"]
-    model = policy.transformer
-    inputs = policy.frame_inputs(clean, given["reference"], given["trajectory"])
-    with torch.no_grad():
-        context = model.encode_context(given["text"])
-        _, entries = model(context, inputs)
-    empty = model.new_cache()
+    inputs, context, entries = clean_pass(policy, conditions(), conditions(seed=1)["noise"])
+    empty = policy.transformer.new_cache()
     assert isinstance(empty, RollingCache) and empty.view(0) is None and empty.num_frames == 0
     caches = [empty]
     for entry in entries:
@@ -150,6 +145,6 @@ def test_a_cache_is_never_written_to(policy):
     row = caches[4].select(torch.tensor([1]))
     assert row.num_frames == 4 and torch.equal(row.view(0)[0], caches[4].view(0)[0][1:])
     with torch.no_grad():  # running on from a cache leaves it as it was
-        model(context, inputs[:, 4:5], inputs[:, None, 4:5], 755.0, caches[4])
+        policy.transformer(context, inputs[:, 4:5], inputs[:, None, 4:5], 755.0, caches[4])
     after = [[t for layer in e.layers for t in layer] for e in entries]
     assert all(torch.equal(a, b) for x, y in zip(before, after, strict=True) for a, b in zip(x, y, strict=True))

@@ -103,7 +103,7 @@ def test_hard_leaves_more_room_than_gentle():
         return np.mean([np.linalg.norm(np.diff(p, axis=0), axis=1).mean() for p in paths])
 
     assert speed("hard") > 1.5 * speed("gentle")
-    assert any(not Sprites("hard").scene(i).touched.all() for i in range(50))
+    assert any(not Sprites("hard").scene(i).force.all() for i in range(50))
     assert any(Sprites("hard").scene(i).distractor for i in range(50))
 
 
@@ -212,6 +212,8 @@ def test_manifest(folder):
     assert (len(train), len(held)) == (2, 1) and train.num_frames == 3
     tasks = {t.id: t.control for t in [train[0], train[1], held[0]]}
     assert tasks.keys() == {"tasks:1", "tasks:2", "tasks:3"}
+    every = make_tasks(f"{path}:all", None, 32, 32)
+    assert [every[i].id for i in range(len(every))] == ["tasks:1", "tasks:2", "tasks:3"]
     first, second = tasks["tasks:1"], tasks["tasks:2"]
     frame = read_video(folder / "other.mp4", 2, 1)
     assert torch.allclose(first.image, Crop((96, 128), (32, 32)).images(frame)[0].clamp(0, 1))
@@ -234,6 +236,7 @@ def test_manifest(folder):
         ('{"clip": "other.mp4", "tracks": [["x"]]}', "point 0"),
         ('{"clip": "other.mp4", "tracks": [[[0.5, 0.5, NaN]]]}', "NaN"),
         ('{"clip": "other.mp4", "start": "x", "tracks": []}', "start='x'"),
+        ('{"clip": "other.mp4", "trakcs": []}', r"unknown keys \['trakcs'\]"),
     ],
 )
 def test_a_manifest_error_has_its_line(folder, line, message):
@@ -248,9 +251,34 @@ def test_an_empty_manifest_is_an_error(tmp_path):
     (tmp_path / "m.jsonl").write_text("\n")
     with pytest.raises(ValueError, match="is empty"):
         make_tasks(tmp_path / "m.jsonl", None, 32, 32)
+    (tmp_path / "m.jsonl").write_bytes('{"prompt": "caf\u00e9"}'.encode("latin-1"))
+    with pytest.raises(ValueError, match=r"m\.jsonl' is no UTF-8 text"):
+        make_tasks(tmp_path / "m.jsonl", None, 32, 32)
 
 
 # one image
+
+
+def test_images_come_from_anywhere(tmp_path):
+    from PIL import Image
+
+    array = (255 * torch.rand(20, 40, 3, generator=torch.Generator().manual_seed(0))).byte().numpy()
+    want = torch.from_numpy(array).permute(2, 0, 1) / 255
+    write_image(tmp_path / "photo.png", want)
+    for image in (tmp_path / "photo.png", Image.fromarray(array), array, array / 255, want):
+        got = image_task(image, [[[0.5, 0.5]]]).control.image
+        assert torch.allclose(got, want, atol=1e-6) and got.dtype == torch.float32
+    with pytest.raises(TypeError, match=r"shape \(3, 20, 40\): expected .* an array \(H, W, 3\)"):
+        image_task(want.numpy(), [[[0.5, 0.5]]])
+
+
+def test_a_released_point_does_not_pull_the_path():
+    drag = [[[0.9, 0.9, 1], [0.7, 0.9, 1], [5, 5, 0], [0.1, 0.1, 1]]]  # what an untouched point says means nothing
+    points = image_task(torch.zeros(3, 8, 8), drag, num_frames=13).control.points[:, 0]
+    touched = points[:, 2] > 0
+    assert touched.tolist() == [True] * 6 + [False] * 5 + [True] * 2
+    assert torch.allclose(points[:5, 0], torch.linspace(0.9, 0.7, 5))
+    assert (points[touched][:, 1] - 0.9).abs().minimum((points[touched][:, 1] - 0.1).abs()).max() < 1e-6
 
 
 def test_image_and_drag(tmp_path):

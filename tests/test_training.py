@@ -12,6 +12,7 @@ import torch
 
 from ardrag_rl.envs import ARDragVectorEnv
 from ardrag_rl.flow import Kernel
+from ardrag_rl.media import write_image
 from ardrag_rl.policies import VideoPolicy
 from ardrag_rl.rewards import Reward, RewardError
 from ardrag_rl.rollout import Plan
@@ -73,9 +74,9 @@ def config(folder, **changes):
     return GRPOConfig(**(defaults | changes))
 
 
-def trainer_of(pipeline, folder, rewards=None, **changes):
+def trainer_of(pipeline, folder, rewards=None, tasks="sprites", **changes):
     rewards = [Brightness()] if rewards is None else rewards
-    return GRPOTrainer(str(pipeline), config(folder, **changes), tasks="sprites", rewards=rewards)
+    return GRPOTrainer(str(pipeline), config(folder, **changes), tasks=tasks, rewards=rewards)
 
 
 def weights(policy):
@@ -119,6 +120,11 @@ def test_default_config_works_on_a_cpu_and_fills_its_groups():
         ({"on_reward_error": "ignore"}, "raise, skip"),
         ({"epsilon": 0.0}, "epsilon=0.0"),
         ({"max_steps": -1}, "max_steps=-1"),
+        ({"beta": -1.0}, "beta=-1.0"),
+        ({"epsilon_high": -1.0}, "epsilon_high=-1.0"),
+        ({"num_iterations": 0}, "num_iterations=0"),
+        ({"num_frames": 0}, "num_frames=0"),
+        ({"seed": -1}, "seed=-1"),
     ],
 )
 def test_config_refuses(setting, message):
@@ -291,6 +297,7 @@ trainer = GRPOTrainer(pipeline, args, tasks="sprites", rewards=["smoothness"])
 trainer.train()
 weights = torch.cat([p.detach().flatten() for p in trainer.policy.parameters()])
 torch.save(weights, f"{folder}/{args.process_index}.pt")
+trainer.accelerator.end_training()
 """
 
 
@@ -418,6 +425,23 @@ def test_trainer_refuses_unknown_names(tiny_pipeline, tmp_path):
         trainer_of(tiny_pipeline, tmp_path, loss_type="ppo")
     with pytest.raises(ValueError, match="sync_ref_model"):
         trainer_of(tiny_pipeline, tmp_path, sync_ref_model=True)
+    with pytest.raises(ValueError, match="stochastic step 2: expected 0 <= step < 2"):
+        trainer_of(tiny_pipeline, tmp_path, stochastic_step=2)
+    with pytest.raises(ValueError, match="tasks='spr' is unknown"):
+        trainer_of(tiny_pipeline, tmp_path, tasks="spr")
+
+
+def test_an_unreadable_task_keeps_the_run(tiny_pipeline, tmp_path):
+    lines = []
+    for i in range(8):
+        write_image(tmp_path / f"{i}.png", torch.rand(3, 32, 32))
+        lines.append(json.dumps({"image": f"{i}.png", "tracks": [[[0.5, 0.5]]]}))
+    (tmp_path / "m.jsonl").write_text("\n".join(lines))
+    (tmp_path / "5.png").write_text("no image")
+    trainer = trainer_of(tiny_pipeline, tmp_path / "run", max_steps=8, tasks=f"{tmp_path / 'm.jsonl'}:all")
+    with pytest.raises(ValueError, match=r"line 6.*cannot be read as an image") as caught:
+        trainer.train()
+    assert "checkpoint-2" in caught.value.__notes__[0] and (tmp_path / "run" / "checkpoint-2").is_dir()
 
 
 # --- evaluation and report
@@ -432,6 +456,8 @@ def test_evaluation_is_paired_and_does_not_depend_on_its_batch(tiny_pipeline, en
     assert first.videos.shape[0] == 5 == len(first.controls)
     assert np.allclose(first.videos.mean((1, 2, 3, 4)), first.terms["brightness"][:5], atol=1e-5)
     assert compare(first, first)["brightness"].difference.high == 0
+    still = replace(first, terms={**first.terms, "motion_error": np.full(6, np.nan)})  # tasks without a control
+    assert "motion_error" not in compare(still, still)
 
 
 def test_bootstrap_interval_covers_the_mean_as_often_as_it_says():
@@ -471,5 +497,12 @@ def test_script_runs_to_its_report(tiny_pipeline, tmp_path):
     assert {"before_renoise", "after_renoise"} == set(report["others"])
     assert (run / "curves.png").exists() and (run / "before_after.gif").exists() and list((run / "logs").iterdir())
     VideoPolicy.from_pretrained(run)
-    refused = subprocess.run([*command, "--overwrite", "False"], capture_output=True, text=True, cwd=tmp_path)
-    assert refused.returncode != 0 and "not empty" in refused.stderr
+    for flags, says in (
+        ((), "not empty"),
+        (("--overwrite", "True", "--tasks", "spr"), "tasks='spr' is unknown"),
+        (("--overwrite", "True", "--output_dir", str(tmp_path)), "holds no run"),
+        (("--overwrite", "True", "--rewards", "motion"), "expected weights by name as JSON"),
+    ):
+        refused = subprocess.run([*command, *flags], capture_output=True, text=True, cwd=tmp_path)
+        assert refused.returncode != 0 and says in refused.stderr, refused.stderr[-2000:]
+        assert (run / "report.json").exists()

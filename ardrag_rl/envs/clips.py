@@ -57,7 +57,7 @@ class ClipFolder:
 
     Args:
         folder: of videos; or one video.
-        split: "train" or "heldout".
+        split: "train", "heldout", or "all".
         num_frames: pixel frames of a task; None for 16.
         height, width: in pixels; clips are cropped about their centre.
 
@@ -136,11 +136,12 @@ class Manifest:
 
     `image` in place of `clip` gives the reference image itself; of a clip it is the frame `start` (default 0). Paths
     are relative to the manifest. x and y are fractions of width and height, an intensity left out is 1, points of
-    unlike length hold their last position. One line in eight is held out, chosen by a hash of file and line.
+    unlike length hold their last position. One line in eight is held out, chosen by a hash of file and line; the split
+    "all" has every line.
 
     Args:
         path: the `.jsonl` file.
-        split: "train" or "heldout".
+        split: "train", "heldout", or "all".
         num_frames: pixel frames of a task; None for the longest line's.
         height, width: in pixels.
 
@@ -152,11 +153,11 @@ class Manifest:
         self, path: str | Path, split: str = "train", num_frames: int | None = None, height: int = 64, width: int = 64
     ) -> None:
         self.path, self.split = Path(path), split
-        lines = [
-            _Line.parse(self.path, number, text)
-            for number, text in enumerate(self.path.read_text().splitlines(), 1)
-            if text.strip()
-        ]
+        try:
+            texts = self.path.read_text(encoding="utf-8").splitlines()
+        except UnicodeDecodeError as error:
+            raise ValueError(f"the manifest {str(path)!r} is no UTF-8 text: {error}") from error
+        lines = [_Line.parse(self.path, number, text) for number, text in enumerate(texts, 1) if text.strip()]
         if not lines:
             raise ValueError(f"the manifest {str(path)!r} is empty: expected a JSON object per line.")
         self.lines = split_by_hash(lines, [f"{x.file.name}/{x.number}" for x in lines], split, str(path))
@@ -178,6 +179,9 @@ class Manifest:
         return fit(task, self.num_frames, self.height, self.width)
 
 
+_KEYS = {"clip", "image", "start", "prompt", "tracks"}
+
+
 @dataclass(frozen=True)
 class _Line:
     number: int
@@ -196,6 +200,8 @@ class _Line:
             raise ValueError(f"{where}: no JSON: {error}") from error
         if not isinstance(line, dict):
             raise ValueError(f"{where}: a {type(line).__name__}: expected an object.")
+        if unknown := sorted(set(line) - _KEYS):
+            raise ValueError(f"{where}: unknown keys {unknown}: expected some of {sorted(_KEYS)}.")
         kinds = [k for k in ("clip", "image") if k in line]
         if len(kinds) != 1 or not isinstance(line[kinds[0]], str):
             raise ValueError(f'{where}: expected one of "clip" and "image", a path; it has {sorted(line)}.')
@@ -221,8 +227,10 @@ def split_by_hash(items: Sequence[Item], names: Sequence[str], split: str, where
     Raises:
         ValueError: nothing is left for the split.
     """
-    if split not in ("train", "heldout"):
-        raise ValueError(f"split {split!r} is unknown; choose one of train, heldout.")
+    if split not in ("train", "heldout", "all"):
+        raise ValueError(f"split {split!r} is unknown; choose one of train, heldout, all.")
+    if split == "all":
+        return list(items)
     ranks = [hashlib.sha256(name.encode()).hexdigest() for name in names]
     count = max(1, len(items) // HELDOUT_SHARE) if len(items) > 1 else 0
     held = set(sorted(range(len(items)), key=lambda i: ranks[i])[:count])

@@ -192,7 +192,8 @@ class ARDragEnv(gym.Env[Observation, NDArray[np.float32]]):
     def restore(self, state: Snapshot) -> Observation:
         """Goes back to a snapshot, any number of times, also one of another environment of the same shapes.
 
-        The order of tasks is not part of an episode and goes on.
+        The order of tasks is not part of an episode and goes on. An environment fresh from `gym.make` takes steps only
+        after a first `reset()`, whatever it was restored to.
 
         Returns:
             the observation there.

@@ -4,7 +4,7 @@ Unlimited and reproducible: task `index` of a (level, split, seed) is always the
 at a side of 64 and scale with the resolution. Levels:
 
 - `gentle`: one sprite, speeds up to 2.5, slow turns, stops, sometimes a bar that hides part of it. 12 frames.
-- `hard`: speeds up to 6, sharp turns, 16 frames, a distractor sprite, bars, release and re-grab.
+- `hard`: speeds up to 8, sharp turns, lighter touches, 16 frames, a distractor sprite, bars, release and re-grab.
 
 The held-out split uses (shape, colour, texture) combinations that the train split never shows.
 """
@@ -64,11 +64,12 @@ class Level:
     bar: float  # probability of an occluder
     distractor: float  # probability of a second, resting sprite
     release: float  # probability of letting go for 2 to 4 frames
+    force: float  # the lightest touch; the force changes evenly from frame 0 to the last
 
 
 LEVELS = {
-    "gentle": Level(12, 2.5, 0.6, 0.18, 0.02, 0.25, 0.25, 0.0, 0.0),
-    "hard": Level(16, 6.0, 2.0, 0.40, 0.12, 0.35, 0.40, 0.5, 0.35),
+    "gentle": Level(12, 2.5, 0.6, 0.18, 0.02, 0.25, 0.25, 0.0, 0.0, 1.0),
+    "hard": Level(16, 8.0, 2.0, 0.40, 0.12, 0.35, 0.40, 0.4, 0.35, 0.35),
 }
 
 
@@ -92,7 +93,7 @@ class Scene:
 
     sprite: _Sprite
     path: np.ndarray  # (T, 2) centre of the sprite
-    touched: np.ndarray  # (T,) bool
+    force: np.ndarray  # (T,) of the touch in [0, 1]; 0 where it is let go
     background: tuple[int, int]
     angle: float
     ripple: tuple[float, float, float]  # frequency, angle, strength
@@ -137,7 +138,7 @@ class Sprites:
         scene = self.scene(index)
         scale = np.array([self.width, self.height]) / min(self.height, self.width)
         xy = scene.path / 64 / scale
-        points = np.concatenate([xy, scene.touched[:, None]], axis=1)[:, None]  # (T, 1, 3)
+        points = np.concatenate([xy, scene.force[:, None]], axis=1)[:, None]  # (T, 1, 3)
         video = self._render(scene, frames=1)
         control = Control(
             points=torch.from_numpy(points).float(),
@@ -168,7 +169,7 @@ class Sprites:
         start = rng.uniform(low, high)
         while bar is not None and abs(start[0 if bar[0] else 1] - bar[1]) < bar[2] + sprite.radius + 1:
             start = rng.uniform(low, high)  # frame 0 shows the whole sprite: trackers start there
-        path, touched = _path(rng, level, start, low, high, self.num_frames)
+        path, force = _path(rng, level, start, low, high, self.num_frames)
         distractor = None
         if rng.random() < level.distractor:
             other = self._sprite(rng)
@@ -181,7 +182,7 @@ class Sprites:
         first, second = rng.choice(len(BACKGROUNDS), 2, replace=False)
         ripple = (float(rng.uniform(0.12, 0.28)), float(rng.uniform(0, np.pi)), float(rng.choice([0.0, 0.04, 0.08])))
         return Scene(
-            sprite, path, touched, (int(first), int(second)), float(rng.uniform(0, 2 * np.pi)), ripple, bar, distractor
+            sprite, path, force, (int(first), int(second)), float(rng.uniform(0, 2 * np.pi)), ripple, bar, distractor
         )
 
     def _sprite(self, rng: np.random.Generator) -> _Sprite:
@@ -243,7 +244,7 @@ class Sprites:
 def _path(
     rng: np.random.Generator, level: Level, start: np.ndarray, low: np.ndarray, high: np.ndarray, num_frames: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """A drag path (T, 2) inside [low, high] and where it is touched (T,)."""
+    """A drag path (T, 2) inside [low, high] and the force of the touch (T,)."""
     heading = np.arctan2(*((low + high) / 2 - start)[::-1]) + rng.normal(0, 0.8)
     speed = rng.uniform(level.min_speed, level.max_speed)
     target = speed
@@ -274,7 +275,8 @@ def _path(
                 heading = np.arctan2(step[1], step[0])
         position = np.clip(position + step, low, high)
         path.append(position)
-    return np.stack(path), touched
+    first, last = rng.uniform(level.force, 1.0, 2) if level.force < 1 else (1.0, 1.0)
+    return np.stack(path), touched * np.linspace(first, last, num_frames)
 
 
 def _paint(sprite: _Sprite, dx: np.ndarray, dy: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

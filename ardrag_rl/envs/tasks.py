@@ -15,12 +15,12 @@ from ardrag_rl.envs.clips import ClipFolder, Manifest, points_of
 from ardrag_rl.envs.fit import fit
 from ardrag_rl.envs.sprites import LEVELS, Sprites
 from ardrag_rl.envs.task import Task, TaskSource
-from ardrag_rl.media import VIDEO_SUFFIXES, read_image
+from ardrag_rl.media import VIDEO_SUFFIXES, as_image
 
 TaskSpec = str | Path | TaskSource | Task | Sequence[Task]
 
 NAMES = {"sprites" if level == "gentle" else f"sprites-{level}": level for level in LEVELS}
-SPLITS = ("train", "heldout")
+SPLITS = ("train", "heldout", "all")
 
 __all__ = ["TaskList", "TaskSpec", "fit", "image_task", "make_tasks"]
 
@@ -51,7 +51,8 @@ def make_tasks(spec: TaskSpec, num_frames: int | None, height: int, width: int) 
 
     Args:
         spec: "sprites", "sprites-hard", a `.jsonl` manifest, a folder of clips or one clip; each with ":heldout" for
-            its held-out split. Or a task, a list of tasks, or a task source, which is returned as it is.
+            its held-out split, files also with ":all" for both. Or a task, a list of tasks, or a task source, which is
+            returned as it is.
         num_frames: pixel frames of each task; None for the source's own number.
         height, width: in pixels.
 
@@ -88,7 +89,7 @@ def make_tasks(spec: TaskSpec, num_frames: int | None, height: int, width: int) 
 
 
 def image_task(
-    image: str | Path | Tensor,
+    image: Any,
     drag: str | Path | Sequence[Any],
     prompt: str = "",
     num_frames: int | None = None,
@@ -97,7 +98,7 @@ def image_task(
     """One image and a drag path.
 
     Args:
-        image: a file, or (3, H, W) in [0, 1].
+        image: a file, a PIL image, an array (H, W, 3), or a tensor (3, H, W) in [0, 1].
         drag: a JSON file `{"points": [[[x, y] or [x, y, intensity], ...] per point], "units": "pixels" or
             "fractions"}`, or such points in fractions of width and height. Pixels are counted from 0 in the image as
             it is. An intensity left out is 1; of points of unlike length the shorter hold their last position.
@@ -109,7 +110,7 @@ def image_task(
     Raises:
         ValueError: a file cannot be read, or a point is malformed or outside the image.
     """
-    picture = image if isinstance(image, Tensor) else read_image(image)
+    picture = as_image(image)
     where, units = "the drag path", "fractions"
     points: Any = drag
     if isinstance(drag, (str, Path)):
@@ -127,21 +128,33 @@ def image_task(
         raise ValueError(f"{where}: the points are a {type(points).__name__}: expected a list of tracks.")
     try:
         path = points_of(points)  # (T, K, 3)
-        path = path if num_frames is None else _resampled(path, num_frames)
         if units == "pixels":
-            size = torch.tensor([picture.shape[-1], picture.shape[-2]])
-            path[..., :2] = (path[..., :2] + 0.5) / size
+            path[..., :2] = _fractions(path, picture.shape[-1], picture.shape[-2])
+        path = path if num_frames is None else _resampled(path, num_frames)
         control = Control(path, prompt, picture)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
-    name = id or ("image" if isinstance(image, Tensor) else Path(image).stem)
+    name = id or (Path(image).stem if isinstance(image, str | Path) else "image")
     return Task(id=name, control=control)
 
 
+def _fractions(path: Tensor, width: int, height: int) -> Tensor:
+    """Pixels, counted from 0, of (T, K, 3) as fractions of width and height, (T, K, 2)."""
+    xy = path[..., :2]
+    outside = (path[..., 2] > 0) & ((xy < -0.5) | (xy > torch.tensor([width, height]) - 0.5)).any(-1)
+    if outside.any():
+        t, k = outside.nonzero()[0].tolist()
+        raise ValueError(
+            f"point {k} is touched at {xy[t, k].tolist()} px, outside the image of {width} x {height} px: give a point "
+            "that leaves it an intensity of 0."
+        )
+    return (xy + 0.5) / torch.tensor([width, height])
+
+
 def _resampled(path: Tensor, num_frames: int) -> Tensor:
-    """(T, K, 3) -> (num_frames, K, 3): positions between samples, the touch of the nearest one."""
+    """(T, K, 3) -> (num_frames, K, 3): even motion between two touched samples, else the nearest one."""
     at = torch.linspace(0, len(path) - 1, num_frames)
-    before = at.floor().long()
-    after = at.ceil().long()
-    xy = torch.lerp(path[before, :, :2], path[after, :, :2], (at - before)[:, None, None])
-    return torch.cat([xy, path[at.round().long(), :, 2:]], -1)
+    before, after, nearest = path[at.floor().long()], path[at.ceil().long()], path[at.round().long()]
+    between = torch.lerp(before[..., :2], after[..., :2], (at - at.floor())[:, None, None])
+    both = (before[..., 2:] > 0) & (after[..., 2:] > 0)  # where a point is let go its coordinates mean nothing
+    return torch.cat([torch.where(both, between, nearest[..., :2]), nearest[..., 2:]], -1)

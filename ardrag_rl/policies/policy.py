@@ -52,9 +52,16 @@ class VideoPolicy(nn.Module):
         """
         path = hub.pipeline_path(pipeline)
         hub.read_json(path / "transformer" / "config.json")  # a missing one is otherwise looked for on the hub
-        transformer = CausalWanTransformer3DModel.from_pretrained(
-            path / "transformer", torch_dtype=dtype, use_safetensors=True
-        )
+        where = f"the transformer of {str(path)!r}"
+        try:
+            transformer, info = CausalWanTransformer3DModel.from_pretrained(
+                path / "transformer", torch_dtype=dtype, use_safetensors=True, output_loading_info=True
+            )
+        except (NotImplementedError, RuntimeError, ValueError) as error:  # diffusers' words for another geometry
+            raise ValueError(f"{where} does not fit its config.json: {error}") from error
+        for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+            if info[kind]:
+                raise ValueError(f"{where} does not fit its config.json: {kind} {sorted(info[kind])[:3]}.")
         return cls(transformer, hub.load_schedule(path), path).to(device)
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -67,6 +74,9 @@ class VideoPolicy(nn.Module):
             index = hub.read_json(self.source / "model_index.json")
             hub.write_json(folder / "model_index.json", index)
         self.transformer.save_pretrained(folder / "transformer")
+        config = hub.read_json(folder / "transformer" / "config.json")
+        config.pop("_name_or_path", None)  # diffusers writes where the weights were loaded from: a path of this machine
+        hub.write_json(folder / "transformer" / "config.json", config)
         hub.save_schedule(folder, self.schedule)
 
     def push_to_hub(self, repo_id: str, private: bool | None = None, token: str | None = None) -> str:

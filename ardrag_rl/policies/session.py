@@ -55,6 +55,11 @@ class Session:
             ValueError: the batch size differs, or an episode is over (step = N).
         """
         state = {key: torch.as_tensor(value).to(self.policy.device) for key, value in obs.items()}
+        if state["latents"].ndim != 5:
+            raise ValueError(
+                f"latents of shape {tuple(state['latents'].shape)}: expected a batch, (B, M+1, C, h, w); give every "
+                "entry of a single observation a first dimension, value[None]."
+            )
         frame, step = state["frame"].flatten().tolist(), state["step"].flatten().tolist()
         if len(frame) != self.batch_size:
             raise ValueError(f"observations of {len(frame)} episodes in a session of {self.batch_size}.")

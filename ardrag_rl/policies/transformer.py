@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -101,8 +102,13 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
         attentions: list[Any] = [block.attn2 for block in self.blocks]
         hidden = embedder.text_embedder(text.to(self.dtype))
         texts = tuple(_cross_kv(a, a.to_k, a.to_v, a.norm_k, hidden) for a in attentions)
-        if image is None or embedder.image_embedder is None:
+        if embedder.image_embedder is None:
             return Context(texts)
+        if image is None:
+            raise ValueError(
+                f"the transformer reads image tokens (image_dim={self.config['image_dim']}): got None; an "
+                "environment gives them as 'image'."
+            )
         tokens = embedder.image_embedder(image.to(self.dtype))
         images = tuple(_cross_kv(a, a.add_k_proj, a.add_v_proj, a.norm_added_k, tokens) for a in attentions)
         return Context(texts, images)
@@ -251,47 +257,48 @@ def _run_block(
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, past: LayerKV | None, layout: _Layout) -> Tensor:
-    """Each frame over the clean frames in its window and itself. (B, Ft, n, H, d) -> the same.
+    """Each frame over the clean frames in its window and itself. (B, Ft, n, H, d) -> the same."""
+    num_clean, rows, num_noisy = layout.num_clean, layout.rows, layout.num_noisy
+    # split and unbind, never slices: the gradient of a slice is as large as what it was cut from
+    clean, noisy = zip(*(x.split([num_clean, rows * num_noisy], 1) for x in (q, k, v)), strict=True)
+    old_k, old_v = ((), ()) if past is None else (x.to(k.dtype).unbind(1) for x in past)
+    keys, values = [*old_k, *clean[1].unbind(1)], [*old_v, *clean[2].unbind(1)]  # (B, n, H, d) for each clean frame
+    attended = [
+        _attend_rows([x.unflatten(1, (count, -1)) for x in stream], keys, values, len(old_k), layout.window)
+        for stream, count in ((clean, 1), (noisy, rows))
+        if stream[0].shape[1]
+    ]
+    return torch.cat(attended, 1)
+
+
+def _attend_rows(
+    qkv: Sequence[Tensor], keys: Sequence[Tensor], values: Sequence[Tensor], first: int, window: int
+) -> Tensor:
+    """Rows of F frames, (B, R, F, n, H, d) each, over the clean frames before and their own. -> (B, R F, n, H, d).
 
     Queries go in chunks of consecutive frames against the clean keys that any of them sees: the cost is linear in the
     number of frames. A chunk of one frame needs no mask; small frames go several at a time under a small banded one.
+    Frame 0 of a row comes after `first` clean ones.
     """
-    num_clean, rows, num_noisy, window = layout.num_clean, layout.rows, layout.num_noisy, layout.window
-    # split and unbind, never slices: the gradient of a slice is as large as what it was cut from
-    (q, own_q), (k, own_k), (v, own_v) = (x.split([num_clean, rows * num_noisy], 1) for x in (q, k, v))
-    old_k, old_v = ((), ()) if past is None else (x.to(k.dtype).unbind(1) for x in past)
-    keys, values = [*old_k, *k.unbind(1)], [*old_v, *v.unbind(1)]  # (B, n, H, d) for each clean frame
-    cached, tokens = len(old_k), q.shape[2]
+    q, own_k, own_v = qkv
+    rows, num_frames, tokens = q.shape[1:4]
     chunk = max(1, CHUNK_TOKENS // tokens)
-    outputs, parts = [], q.split(chunk, 1)
-    for a in range(0, num_clean, chunk):
-        part, b = parts[a // chunk], min(a + chunk, num_clean)
-        lo, hi = max(0, cached + a - window), cached + b
+    own_keys, own_values = own_k.unbind(2), own_v.unbind(2)  # (B, R, n, H, d) for each frame
+    attended = []
+    for a, part in zip(range(0, num_frames, chunk), q.split(chunk, 2), strict=True):
+        b = min(a + chunk, num_frames)
+        lo, hi = max(0, first + a - window), first + b - 1
         mask = None
         if b - a > 1:
-            query, key = torch.arange(cached + a, cached + b)[:, None], torch.arange(lo, hi)
-            mask = _mask((key <= query) & (key >= query - window), tokens, part)
-        outputs.append(_sdpa(part, torch.stack(keys[lo:hi], 1), torch.stack(values[lo:hi], 1), mask))
-    if not rows:
-        return torch.cat(outputs, 1)
-    own_q, own_k, own_v = (x.unflatten(1, (rows, num_noisy)) for x in (own_q, own_k, own_v))
-    own_keys, own_values = own_k.unbind(2), own_v.unbind(2)  # (B, rows, n, H, d) for each noisy frame
-    noisy, parts = [], own_q.split(chunk, 2)
-    for a in range(0, num_noisy, chunk):
-        part, b = parts[a // chunk], min(a + chunk, num_noisy)
-        lo, hi = max(0, cached + a - window), cached + b - 1
-        mask = None
-        if b - a > 1:
-            query, key = torch.arange(cached + a, cached + b)[:, None], torch.arange(lo, hi)
-            own = torch.eye(b - a, dtype=torch.bool)
-            mask = _mask(torch.cat([(key < query) & (key >= query - window), own], 1), tokens, part)
+            query, key = torch.arange(first + a, first + b)[:, None], torch.arange(lo, hi)
+            itself = torch.eye(b - a, dtype=torch.bool)
+            mask = _mask(torch.cat([(key < query) & (key >= query - window), itself], 1), tokens, part)
         seen_k, seen_v = (
             torch.stack([*(x[:, None].expand(-1, rows, -1, -1, -1) for x in clean[lo:hi]), *own[a:b]], 2).flatten(0, 1)
             for clean, own in ((keys, own_keys), (values, own_values))
-        )  # (B rows, frames, n, H, d)
-        noisy.append(_sdpa(part.flatten(0, 1), seen_k, seen_v, mask).unflatten(0, (-1, rows)))
-    outputs.append(torch.cat(noisy, 2).flatten(1, 2))
-    return torch.cat(outputs, 1)
+        )  # (B R, frames, n, H, d)
+        attended.append(_sdpa(part.flatten(0, 1), seen_k, seen_v, mask).unflatten(0, (-1, rows)))
+    return torch.cat(attended, 2).flatten(1, 2)
 
 
 def _mask(seen: Tensor, tokens: int, like: Tensor) -> Tensor:

@@ -111,6 +111,7 @@ def _make(name: str) -> Reward:
     reward = factory()
     if not isinstance(reward, Reward):
         raise TypeError(f"reward {name!r} made a {type(reward).__name__}: expected a Reward ({_source(factory)}).")
+    reward.name = name  # a factory may be known by another name than the class it makes
     return reward
 
 

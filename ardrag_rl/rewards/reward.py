@@ -95,7 +95,7 @@ class BufferedSession:
     def append(self, frames: Tensor) -> Tensor:
         """The scores (B, t) of t new frames (B, t, 3, H, W)."""
         kept = torch.cat((*self._frames, frames), dim=1)
-        scores = self._reward(kept, self._controls)
+        scores = check_scores(self._reward, lambda: self._reward(kept, self._controls), kept.shape[:2])
         memory = self._reward.memory
         self._frames = (*self._frames, frames) if memory is None else (kept[:, max(kept.shape[1] - memory, 0) :],)
         return scores[:, -frames.shape[1] :]
@@ -118,14 +118,16 @@ def check_scores(reward: Reward, scores: Tensor | Callable[[], Tensor], shape: t
     Raises:
         RewardError: the reward raised, or returned no tensor, the wrong shape, NaN or infinity.
     """
-    if not isinstance(scores, Tensor):
-        if not callable(scores):
-            raise RewardError(f"reward {reward.name!r} returned a {type(scores).__name__}: expected a tensor {shape}.")
+    if callable(scores):
         try:
             scores = scores()
+        except RewardError:
+            raise
         except Exception as error:
             raise RewardError(f"reward {reward.name!r} raised {type(error).__name__}: {error}") from error
-        return check_scores(reward, scores if isinstance(scores, Tensor) else torch.as_tensor(scores), shape)
+    if not isinstance(scores, Tensor):
+        wanted = f"expected a tensor of shape {tuple(shape)}, a score for every video and frame"
+        raise RewardError(f"reward {reward.name!r} returned a {type(scores).__name__}: {wanted}.")
     if tuple(scores.shape) != tuple(shape):
         raise RewardError(
             f"reward {reward.name!r} returned the shape {tuple(scores.shape)}: expected {tuple(shape)}, "

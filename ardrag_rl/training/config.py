@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -75,13 +76,13 @@ class GRPOConfig(trl.GRPOConfig):
         },
     )
     scale_rewards: str = field(
-        default="none",
-        metadata={"help": "What divides the centred rewards: group (Eq. 13), batch, or none (amplifies no noise)."},
+        default="group",
+        metadata={"help": "What divides the centred rewards: the group's std (Eq. 13), the batch's, or none."},
     )
     bf16: bool | None = field(default=False, metadata={"help": "Mixed precision; kernels stay float32."})  # type: ignore[assignment]
     gradient_checkpointing: bool | None = field(default=None, metadata={"help": "Less memory, more compute."})  # type: ignore[assignment]
     logging_steps: float = field(default=1, metadata={"help": "Log every so many updates."})
-    save_steps: float = field(default=25, metadata={"help": "Updates between checkpoints."})
+    save_steps: float = field(default=5, metadata={"help": "Updates between checkpoints."})
     save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints to keep."})
     report_to: None | str | list[str] = field(default="tensorboard", metadata={"help": "Where logs go."})  # noqa: RUF036
     dataloader_pin_memory: bool = field(default=False, metadata={"help": "The loader carries indices only."})
@@ -153,9 +154,15 @@ class GRPOConfig(trl.GRPOConfig):
             raise ValueError(
                 f"max_steps={self.max_steps}: expected 1 or more; epochs of endless tasks are not counted."
             )
-        for name in ("epsilon", "ratio_tolerance"):
-            if getattr(self, name) <= 0:
+        for name in ("epsilon", "epsilon_high", "ratio_tolerance"):
+            if getattr(self, name) is not None and getattr(self, name) <= 0:
                 raise ValueError(f"{name}={getattr(self, name)}: expected a number above 0.")
+        for name in ("beta", "learning_rate", "seed", "stochastic_step"):
+            if getattr(self, name) is not None and getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)}: expected 0 or more.")
+        for name in ("num_iterations", "num_frames", "height", "width"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: expected 1 or more.")
         if self.rollout_workers < 0 or (self.groups_per_batch is not None and self.groups_per_batch < 1):
             raise ValueError(
                 f"rollout_workers={self.rollout_workers}, groups_per_batch={self.groups_per_batch}: expected 0 or "
@@ -206,6 +213,23 @@ class GRPOConfig(trl.GRPOConfig):
                         f"{name}={getattr(self, name)!r} is a setting of {what} and means nothing here: {instead}. "
                         "Leave it unset."
                     )
+
+
+def reward_weights(flag: dict[str, float] | str | None) -> dict[str, float] | None:
+    """Weights by name from a configuration file or, as JSON, from a command line; None for the defaults.
+
+    Raises:
+        ValueError: it is no JSON object.
+    """
+    if not isinstance(flag, str):
+        return flag
+    try:
+        weights = json.loads(flag)
+    except ValueError:
+        weights = None
+    if not isinstance(weights, dict):
+        raise ValueError(f"rewards={flag!r}: expected weights by name as JSON, such as '{{\"motion\": 1.0}}'.")
+    return weights
 
 
 def reward_spec(rewards: Any, reward_weights: list[float] | None) -> Any:

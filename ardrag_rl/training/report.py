@@ -59,7 +59,7 @@ def bootstrap(values: np.ndarray, seed: int = 0, resamples: int = 10_000, level:
 
 
 def compare(before: Evaluation, after: Evaluation, seed: int = 0) -> dict[str, Comparison]:
-    """Term -> comparison, task by task.
+    """Term -> comparison, task by task; a term that no task has anything to score for is left out.
 
     Raises:
         ValueError: the evaluations are not of the same tasks.
@@ -71,6 +71,7 @@ def compare(before: Evaluation, after: Evaluation, seed: int = 0) -> dict[str, C
             bootstrap(values, seed), bootstrap(after.terms[name], seed), bootstrap(after.terms[name] - values, seed)
         )
         for name, values in before.terms.items()
+        if np.isfinite(values).any()
     }
 
 
@@ -99,7 +100,7 @@ def write_report(
         "tasks": len(before.task_ids),
         "terms": {name: asdict(c) for name, c in comparisons.items()},
         "others": {
-            label: {name: asdict(bootstrap(values)) for name, values in e.terms.items()} for label, e in others.items()
+            label: {name: asdict(bootstrap(e.terms[name])) for name in comparisons} for label, e in others.items()
         },
         "facts": dict(facts),
         "task_ids": list(before.task_ids),

@@ -1,7 +1,7 @@
 """GRPOTrainer: GRPO on the video MDP, as a `transformers.Trainer`.
 
 What departs from the textbook (and from TRL):
-- advantages are per frame (Eq. 13), and by default only centred, not divided by a group's standard deviation;
+- advantages are per frame (Eq. 13);
 - only one denoising step per update is stochastic (AR-Drag's selective stochasticity), so only its transitions train;
 - the old log-probabilities are those recorded while acting; that the learner's one-pass replay agrees with them is
   measured before every update and is an error where it does not.
@@ -25,9 +25,11 @@ from transformers import ProgressCallback, Trainer, TrainerCallback
 from transformers.utils import logging
 from trl.trainer.callbacks import SyncRefModelCallback
 
+from ardrag_rl.envs.tasks import make_tasks
 from ardrag_rl.flow import GaussianStep
+from ardrag_rl.hub import pipeline_path, pipeline_size
 from ardrag_rl.policies import VideoPolicy
-from ardrag_rl.rewards import RewardError, make_rewards
+from ardrag_rl.rewards import Aesthetic, RewardError, make_rewards
 from ardrag_rl.rollout import Rollout
 from ardrag_rl.training.advantages import compute_advantages, zero_spread
 from ardrag_rl.training.algorithms import get_algorithm
@@ -87,6 +89,9 @@ class GRPOTrainer(Trainer):
         if pipeline is None:
             raise ValueError("the policy does not say which pipeline it is of; pass pipeline= for the environment.")
         terms = make_rewards(reward_spec(rewards, args.reward_weights))
+        args.plan(0, policy.schedule.num_steps)  # refuses a stochastic step that the schedule lacks
+        height, width = pipeline_size(pipeline_path(pipeline))
+        make_tasks(tasks, args.num_frames, args.height or height, args.width or width)  # refuses what is unknown
         self.env = EnvSpec(pipeline, tasks, terms, args.num_frames, args.height, args.width, str(args.device))
         if args.gradient_checkpointing:  # diffusers' own; Trainer knows transformers' only
             policy.transformer.enable_gradient_checkpointing()  # type: ignore[attr-defined]
@@ -127,6 +132,8 @@ class GRPOTrainer(Trainer):
             if args.rollout_workers
             else LocalRollouts(self.env, settings)
         )
+        # Eq. 15's score before it is mapped to 1-5, which other work reports
+        self._raw = {t.name: t.reward.raw for t in terms if isinstance(t.reward, Aesthetic)}
         self._step: int | None = None  # micro-batches so far, over all updates
         self._buffer: list[Rollout] = []
         self._metrics: dict[str, list[float]] = defaultdict(list)
@@ -137,7 +144,7 @@ class GRPOTrainer(Trainer):
         return self.accelerator.unwrap_model(self.model)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """As in `transformers.Trainer`. Where a reward fails, a checkpoint is saved before the error goes on.
+        """As in `transformers.Trainer`. Where a reward, a task's file or anything else fails, a checkpoint is saved.
 
         A resumed run equals an uninterrupted one where the checkpoint fell between two generations, as it always does
         while num_iterations is 1 and steps_per_generation is gradient_accumulation_steps.
@@ -145,7 +152,9 @@ class GRPOTrainer(Trainer):
         self._step, self._buffer = None, []
         try:
             return super().train(*args, **kwargs)
-        except RewardError as error:
+        except Exception as error:
+            if self._step is None:  # nothing was trained yet
+                raise
             self._save_checkpoint(self.model_wrapped, trial=None)
             folder = Path(self.args.output_dir or ".") / f"checkpoint-{self.state.global_step}"
             error.add_note(f"The run stopped; its checkpoint is saved in {folder}. To go on: resume_from_checkpoint.")
@@ -253,8 +262,7 @@ class GRPOTrainer(Trainer):
     def _generate(self, generation: int) -> list[Rollout]:
         """Rolls out this process's groups and returns them as scored micro-batches."""
         args, count = self.args, self.args.groups_per_generation
-        assert args.steps_per_generation is not None and args.num_generations is not None
-        assert args.groups_per_batch is not None
+        assert args.steps_per_generation and args.num_generations and args.groups_per_batch
         first = args.process_index * count
         groups = tuple(range(first, first + count))
         positions = tuple(generation * count * args.world_size + g for g in groups)
@@ -294,6 +302,8 @@ class GRPOTrainer(Trainer):
             if len(counted):
                 log[f"rewards/{name}/mean"].append(float(counted.mean()))
                 log[f"rewards/{name}/std"].append(float(counted.std(correction=0)))
+                if name in self._raw:
+                    log[f"rewards/{name}/raw"].append(float(self._raw[name](counted.mean())))
         # beside every reward, against those that still videos earn
         log["dynamic_degree"].append(float(result.dynamic_degree.mean()))
         log["reward"].append(float(rollout.rewards.mean()))

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from ardrag_rl import hub
 from ardrag_rl.codec import Codec
-from ardrag_rl.control import Control
 from ardrag_rl.envs.fit import fit
 from ardrag_rl.envs.tasks import image_task
 from ardrag_rl.flow import Kernel, randn
@@ -22,7 +21,7 @@ from ardrag_rl.rollout import Plan
 
 def generate(
     pipeline: str | Path | VideoPolicy,
-    image: str | Path | Tensor,
+    image: Any,
     drag: str | Path | Sequence[Any],
     prompt: str = "",
     seed: int = 0,
@@ -31,12 +30,13 @@ def generate(
     width: int | None = None,
     kernel: str = "ode",
     device: str | torch.device = "cpu",
-) -> tuple[Tensor, Control]:
+) -> Tensor:
     """Generates a video that follows a drag path.
 
     Args:
         pipeline: an embedded name, a folder, a hub id, or a policy that came from one.
-        image: a file, or (3, H, W) in [0, 1]; scaled and centre-cropped to the pipeline's size.
+        image: a file, a PIL image, an array (H, W, 3), or a tensor (3, H, W) in [0, 1]; scaled and
+            centre-cropped to the pipeline's size.
         drag: a JSON file or points, as `envs.tasks.image_task` takes them; resampled to the length of the video.
         prompt: what the video shows.
         seed: of all noise; the same seed gives the same video.
@@ -46,15 +46,20 @@ def generate(
         device: where policy and codec run.
 
     Returns:
-        the video (T, 3, H, W) in [0, 1], and the control as fitted to it.
+        the video, (T, 3, H, W) float32 in [0, 1].
+
+    Raises:
+        ValueError: a file cannot be read, a point is malformed or outside the image, a size does not fit the codec.
     """
+    if num_frames < 1:
+        raise ValueError(f"num_frames={num_frames}: expected at least 1 latent frame.")
     policy = pipeline if isinstance(pipeline, VideoPolicy) else VideoPolicy.from_pretrained(pipeline, device)
     if policy.source is None:
         raise ValueError("the policy came from no pipeline folder, so its codec is unknown: pass the folder's name.")
     codec = Codec.from_pretrained(policy.source, policy.device)
-    if height is None or width is None:
-        own_height, own_width = hub.pipeline_size(policy.source)
-        height, width = height or own_height, width or own_width
+    own_height, own_width = hub.pipeline_size(policy.source)
+    height, width = own_height if height is None else height, own_width if width is None else width
+    codec.latent_shape(height, width)  # refuses a size that does not fit
     frames = codec.pixel_frames(num_frames)
     control = fit(image_task(image, drag, prompt, frames), frames, height, width).control
     generator = torch.Generator().manual_seed(seed)
@@ -70,4 +75,4 @@ def generate(
         codec.encode_text([prompt]),
         generator,
     )
-    return codec.decode(latents[:, :, -1])[0].cpu(), control
+    return codec.decode(latents[:, :, -1])[0].cpu()
