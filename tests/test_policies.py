@@ -21,6 +21,9 @@ def policy(tiny_pipeline):
     return VideoPolicy.from_pretrained(tiny_pipeline)
 
 
+OURS = ("window", "chunk_size", "prediction_type")  # what diffusers' class does not know
+
+
 class Masked(WanAttnProcessor):
     """diffusers' attention with a mask that its block does not pass on."""
 
@@ -36,14 +39,15 @@ class Masked(WanAttnProcessor):
 def dense(policy, frames, timesteps, text, image=None):
     """What the last layer predicts, (B, F, C, h, w), of frames (B, F, C_in, h, w) at timesteps (F,), masked."""
     model = policy.transformer
-    config = {k: v for k, v in model.config.items() if not k.startswith("_") and k not in ("window", "prediction_type")}
+    config = {k: v for k, v in model.config.items() if not k.startswith("_") and k not in OURS}
     plain = WanTransformer3DModel(**config)
     plain.load_state_dict(model.state_dict())  # the same parameters under the same names
     _, ph, pw = model.config.patch_size
     tokens = frames.shape[-2] // ph * (frames.shape[-1] // pw)
     owner = torch.arange(frames.shape[1]).repeat_interleave(tokens)
-    back = owner[:, None] - owner[None]
-    mask = (back >= 0) & (back <= model.config.window)
+    chunk = model.config.chunk_size
+    start = owner[:, None] // chunk * chunk  # of the query's chunk
+    mask = (owner >= start - model.config.window) & (owner < start + chunk)
     for block in plain.blocks:
         block.attn1.set_processor(Masked(mask))
     per_token = timesteps.repeat_interleave(tokens).expand(len(frames), -1)
@@ -77,6 +81,46 @@ def test_one_frame_is_diffusers_own_forward(image):
         got, entries = model(model.encode_context(text, tokens), None, x[:, None], t[:, None, None])
     assert entries == ()
     torch.testing.assert_close(got[:, 0], want, atol=1e-5, rtol=1e-5)
+
+
+def test_one_chunk_is_the_bidirectional_forward():
+    policy = small(chunk_size=FRAMES)
+    g = generator()
+    x, text = torch.randn(BATCH, FRAMES, 13, 8, 8, generator=g), text_of(BATCH, g)
+    model = policy.transformer
+    with torch.no_grad():
+        t = torch.tensor([755.0, 522.0])
+        want = WanTransformer3DModel.forward(model, x.transpose(1, 2), t, text).sample.transpose(1, 2)
+        got, _ = model(model.encode_context(text), None, x[:, None], t[:, None, None])
+    torch.testing.assert_close(got[:, 0], want, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("tokens", [4, 64])  # one chunk at a time; several under a mask
+@pytest.mark.parametrize(("chunk", "window"), [(2, 2), (2, 3), (3, 3), (3, 7)])
+def test_chunks_are_the_dense_forward(chunk, window, tokens, monkeypatch):
+    """Frames of a chunk see each other: in one pass over [clean | noisy], and step by step against a cache."""
+    monkeypatch.setattr(transformer, "CHUNK_TOKENS", tokens)
+    policy = small(chunk_size=chunk, window=window)
+    given, model = conditions(), policy.transformer
+    clean, context, _ = clean_pass(policy, given, conditions(seed=1)["noise"])
+    noisy = policy.frame_inputs(given["noise"], given["reference"], given["trajectory"])
+    with torch.no_grad():
+        at_once, _ = model(context, clean, noisy[:, None], 755.0)
+        cache = model.new_cache()
+        for a in range(0, FRAMES, chunk):
+            here = slice(a, min(a + chunk, FRAMES))
+            steps = torch.tensor([0.0] * a + [755.0] * (here.stop - a))
+            want = dense(policy, torch.cat([clean[:, :a], noisy[:, here]], 1), steps, given["text"])[:, a:]
+            stepped, _ = model(context, None, noisy[:, None, here], 755.0, cache)
+            torch.testing.assert_close(at_once[:, 0, here], want, **CLOSE)
+            torch.testing.assert_close(stepped[:, 0], want, **CLOSE)
+            cache = cache.append(model(context, clean[:, here], cache=cache)[1])
+        with pytest.raises(ValueError, match=f"8 noisy frames need {7 // chunk * chunk} clean ones before them, got 1"):
+            model(context, clean[:, :1], noisy[:, None])
+        with pytest.raises(ValueError, match=f"a cache of 1 frames ends within a chunk of {chunk}"):
+            model(context, None, noisy[:, None, :1], cache=model.new_cache().append(model(context, clean[:, :1])[1]))
+    with pytest.raises(ValueError, match=f"chunk_size={chunk}: an environment goes frame by frame"):
+        policy.session(BATCH)
 
 
 def test_cached_steps_are_the_dense_forward(policy):

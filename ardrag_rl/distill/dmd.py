@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def dmd_gradient(x0: Tensor, real: Tensor, fake: Tensor) -> Tensor:
-    """(x0_fake - x0_real) / mean |x0 - x0_real|, as in Self-Forcing: against it x0 moves towards the data's distribution.
+    """(x0_fake - x0_real) / mean |x0 - x0_real|, as in Self-Forcing: against it x0 moves towards the data.
 
     In x0 space the difference of the two scores at one noised version of x0 is that of what they denoise it to. The
     mean is over a video, so that noise levels at which the teacher is far off do not dominate.

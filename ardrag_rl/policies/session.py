@@ -34,6 +34,9 @@ class Session:
     def __init__(self, policy: VideoPolicy, batch_size: int) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size={batch_size}: expected at least 1.")
+        chunk = policy.transformer.config["chunk_size"]
+        if chunk != 1:
+            raise ValueError(f"the transformer has chunk_size={chunk}: an environment goes frame by frame, with 1.")
         self.policy, self.batch_size = policy, batch_size
         self._prompt: tuple[Tensor, ...] = ()  # what the context was computed from: text, and image where there is one
         self._frames: tuple[tuple[Tensor, ...], ...] = ()  # what the cache was computed from, frame by frame

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ardrag_rl.policies.cache import Cache, FrameEntry, LayerKV, RollingCache
 
-CHUNK_TOKENS = 64  # queries of consecutive frames that share one attention call
+CHUNK_TOKENS = 64  # queries of consecutive chunks that share one attention call
 
 
 @dataclass(frozen=True)
@@ -33,12 +33,14 @@ class Context:
 class CausalWanTransformer3DModel(WanTransformer3DModel):
     """`WanTransformer3DModel` with block-causal attention; parameters and their names are diffusers' own.
 
-    One rule for everything: a frame, clean or noisy, attends to itself and to the last `window` *clean* frames before
-    it. A denoising step is one noisy frame against a cache; writing the cache is one clean frame; a rebuild is all
-    clean frames at once; a replay is [clean frames | noisy frames] in one pass.
+    One rule for everything: a frame, clean or noisy, attends to its own chunk and to the last `window` *clean* frames
+    before that. A denoising step is one noisy chunk against a cache; writing the cache is one clean chunk; a rebuild is
+    all clean frames at once; a replay is [clean frames | noisy frames] in one pass. Chunks are single frames in the
+    environment; one chunk as long as the video is the bidirectional model, a teacher.
 
     Args:
-        window: clean frames a frame can look back on.
+        window: clean frames that a chunk can look back on.
+        chunk_size: frames that see each other and are denoised together; frame m is of chunk m // chunk_size.
         prediction_type: what the last layer predicts, in diffusers' names: "flow_prediction", the velocity, as Wan
             does; or "sample", x0_hat, from which the velocity is (x - x0_hat) / t. A model that is narrower than its
             patches cannot pass their noise through, which a velocity asks for.
@@ -65,6 +67,7 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
         rope_max_seq_len: int = 1024,
         pos_embed_seq_len: int | None = None,
         window: int = 7,
+        chunk_size: int = 1,
         prediction_type: str = "flow_prediction",
     ) -> None:
         super().__init__(
@@ -91,6 +94,8 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
             raise ValueError(f"prediction_type={prediction_type!r}: expected 'flow_prediction' or 'sample'.")
         if window < 1:
             raise ValueError(f"window={window}: expected at least one frame.")
+        if chunk_size < 1:
+            raise ValueError(f"chunk_size={chunk_size}: expected at least one frame.")
 
     def new_cache(self) -> Cache:
         """An empty cache of the model's window."""
@@ -127,7 +132,8 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
             context: of `encode_context`.
             clean: (B, F, in_channels, h, w), consecutive clean frames after those in the cache.
             noisy: (B, S, F', in_channels, h, w), S noisy versions of consecutive frames, the first of them the first
-                after the cache too; F' <= F + 1. Noisy frame i sees the clean frames before i, never a noisy one.
+                after the cache too; the last chunk of them follows clean frames. A noisy frame sees the clean frames
+                before its chunk, and the noisy ones of its chunk in its version.
             timestep: in [0, 1000], broadcast to (B, S, F').
             cache: of the frames before; none for a video's beginning.
 
@@ -141,15 +147,19 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
         batch, device = streams[0].shape[0], streams[0].device
         num_clean = 0 if clean is None else clean.shape[1]
         rows, num_noisy = (0, 0) if noisy is None else noisy.shape[1:3]
-        if num_noisy > num_clean + 1:
-            raise ValueError(f"{num_noisy} noisy frames need {num_noisy - 1} clean ones before them, got {num_clean}.")
+        chunk = self.config["chunk_size"]
+        needed = (num_noisy - 1) // chunk * chunk
+        if needed > num_clean:
+            raise ValueError(f"{num_noisy} noisy frames need {needed} clean ones before them, got {num_clean}.")
+        if cache.num_frames % chunk:
+            raise ValueError(f"a cache of {cache.num_frames} frames ends within a chunk of {chunk}.")
         _, ph, pw = self.config["patch_size"]
         h, w = streams[0].shape[-2] // ph, streams[0].shape[-1] // pw
 
         # All frames side by side, (B, Ft, n, D): the clean ones, then the rows of noisy ones.
         frames = torch.cat([x.flatten(1, 2) for x in streams], 1).to(self.dtype)
         x = self._embed_patches(frames)
-        layout = _Layout(num_clean, rows, num_noisy, self.config["window"])
+        layout = _Layout(num_clean, rows, num_noisy, self.config["window"], chunk)
         steps = torch.zeros(batch, x.shape[1], device=device)
         if noisy is not None:
             level = torch.as_tensor(timestep, dtype=torch.float32, device=device)
@@ -225,6 +235,7 @@ class _Layout:
     rows: int
     num_noisy: int
     window: int
+    chunk: int
 
 
 def _run_block(
@@ -257,14 +268,14 @@ def _run_block(
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, past: LayerKV | None, layout: _Layout) -> Tensor:
-    """Each frame over the clean frames in its window and itself. (B, Ft, n, H, d) -> the same."""
+    """Each frame over the clean frames in its window and its chunk. (B, Ft, n, H, d) -> the same."""
     num_clean, rows, num_noisy = layout.num_clean, layout.rows, layout.num_noisy
     # split and unbind, never slices: the gradient of a slice is as large as what it was cut from
     clean, noisy = zip(*(x.split([num_clean, rows * num_noisy], 1) for x in (q, k, v)), strict=True)
     old_k, old_v = ((), ()) if past is None else (x.to(k.dtype).unbind(1) for x in past)
     keys, values = [*old_k, *clean[1].unbind(1)], [*old_v, *clean[2].unbind(1)]  # (B, n, H, d) for each clean frame
     attended = [
-        _attend_rows([x.unflatten(1, (count, -1)) for x in stream], keys, values, len(old_k), layout.window)
+        _attend_rows([x.unflatten(1, (count, -1)) for x in stream], keys, values, len(old_k), layout)
         for stream, count in ((clean, 1), (noisy, rows))
         if stream[0].shape[1]
     ]
@@ -272,27 +283,29 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, past: LayerKV | None, layout: _Layo
 
 
 def _attend_rows(
-    qkv: Sequence[Tensor], keys: Sequence[Tensor], values: Sequence[Tensor], first: int, window: int
+    qkv: Sequence[Tensor], keys: Sequence[Tensor], values: Sequence[Tensor], first: int, layout: _Layout
 ) -> Tensor:
-    """Rows of F frames, (B, R, F, n, H, d) each, over the clean frames before and their own. -> (B, R F, n, H, d).
+    """Rows of F frames, (B, R, F, n, H, d) each, over the clean frames before and their chunk. -> (B, R F, n, H, d).
 
-    Queries go in chunks of consecutive frames against the clean keys that any of them sees: the cost is linear in the
-    number of frames. A chunk of one frame needs no mask; small frames go several at a time under a small banded one.
-    Frame 0 of a row comes after `first` clean ones.
+    Queries go in blocks of whole chunks against the clean keys that any of them sees: the cost is linear in the number
+    of frames. A block of one chunk needs no mask; small chunks go several at a time under a small banded one.
+    Frame 0 of a row comes after `first` clean ones and starts a chunk.
     """
     q, own_k, own_v = qkv
     rows, num_frames, tokens = q.shape[1:4]
-    chunk = max(1, CHUNK_TOKENS // tokens)
+    chunk, window = layout.chunk, layout.window
+    size = chunk * max(1, CHUNK_TOKENS // (tokens * chunk))
     own_keys, own_values = own_k.unbind(2), own_v.unbind(2)  # (B, R, n, H, d) for each frame
     attended = []
-    for a, part in zip(range(0, num_frames, chunk), q.split(chunk, 2), strict=True):
-        b = min(a + chunk, num_frames)
-        lo, hi = max(0, first + a - window), first + b - 1
+    for a, part in zip(range(0, num_frames, size), q.split(size, 2), strict=True):
+        b = min(a + size, num_frames)
+        starts = torch.arange(a, b) // chunk * chunk  # of each frame's chunk
+        lo, hi = max(0, first + a - window), first + int(starts[-1])
         mask = None
-        if b - a > 1:
-            query, key = torch.arange(first + a, first + b)[:, None], torch.arange(lo, hi)
-            itself = torch.eye(b - a, dtype=torch.bool)
-            mask = _mask(torch.cat([(key < query) & (key >= query - window), itself], 1), tokens, part)
+        if b - a > chunk:
+            start, key = (first + starts)[:, None], torch.arange(lo, hi)
+            together = starts[:, None] == starts
+            mask = _mask(torch.cat([(key < start) & (key >= start - window), together], 1), tokens, part)
         seen_k, seen_v = (
             torch.stack([*(x[:, None].expand(-1, rows, -1, -1, -1) for x in clean[lo:hi]), *own[a:b]], 2).flatten(0, 1)
             for clean, own in ((keys, own_keys), (values, own_values))
