@@ -9,7 +9,7 @@ from ardrag_rl.distill.codec_training import CodecImages, CodecLoss, image_autoe
 from ardrag_rl.distill.flow_matching import FlowMatching, LatentClips, OwnHistory
 from ardrag_rl.envs.sprites import Sprites
 from ardrag_rl.flow import Kernel
-from ardrag_rl.policies import VideoPolicy
+from ardrag_rl.policies import CausalWanTransformer3DModel, VideoPolicy
 
 
 @pytest.fixture(scope="module")
@@ -62,10 +62,19 @@ def test_encoded_clips_are_kept_and_equal_the_codecs(clips, tiny_pipeline):
     torch.testing.assert_close(item["latents"], codec.encode(source.video(5)[None])[0], atol=0.05, rtol=0.05)
 
 
-@pytest.mark.parametrize("kind", ["flow_matching", "own_history"])
+def objective(kind, pipeline):
+    policy = VideoPolicy.from_pretrained(pipeline)
+    if kind == "teacher":
+        model = CausalWanTransformer3DModel.from_config({**policy.transformer.config, "chunk_size": 4})
+        teacher = VideoPolicy(model, policy.schedule, policy.source)
+        return FlowMatching(teacher, control_dropout=0.2, schedule_share=0.0, lowest=0.0)
+    return FlowMatching(policy) if kind == "causal" else OwnHistory(policy, (Kernel("ode"), Kernel("renoise")))
+
+
+@pytest.mark.parametrize("kind", ["teacher", "causal", "own_history"])
 def test_training_reaches_every_parameter_that_acts_and_lowers_the_loss(kind, clips, tiny_pipeline):
-    policy = VideoPolicy.from_pretrained(tiny_pipeline)
-    model = FlowMatching(policy) if kind == "flow_matching" else OwnHistory(policy, (Kernel("ode"), Kernel("renoise")))
+    torch.manual_seed(0)
+    model = objective(kind, tiny_pipeline)
     data = batch(clips)
     optimizer = torch.optim.Adam(model.parameters(), 3e-3)
     losses = []
@@ -75,8 +84,27 @@ def test_training_reaches_every_parameter_that_acts_and_lowers_the_loss(kind, cl
         optimizer.zero_grad()
         loss.backward()
         if step == 0:
-            silent = [n for n, p in policy.named_parameters() if p.grad is None or not p.grad.abs().sum()]
+            silent = [n for n, p in model.policy.named_parameters() if p.grad is None or not p.grad.abs().sum()]
             assert not silent
         optimizer.step()
         losses.append(loss.item())
     assert sum(losses[-5:]) < 0.9 * sum(losses[:5])
+
+
+def test_a_chunk_has_one_noise_level(clips, tiny_pipeline, monkeypatch):
+    """And the last chunk's clean frames, which nobody looks back on, are not run."""
+    policy = VideoPolicy.from_pretrained(tiny_pipeline)
+    seen = []
+
+    def spy(context, clean, noisy, timestep):
+        seen.append((0 if clean is None else clean.shape[1], timestep))
+        return noisy[:, :, :, :4], ()
+
+    for chunk in (1, 2, 3, 4):
+        model = CausalWanTransformer3DModel.from_config({**policy.transformer.config, "chunk_size": chunk})
+        monkeypatch.setattr(model, "forward", spy)
+        FlowMatching(VideoPolicy(model), rows=2, schedule_share=0.5, lowest=0.1)(**batch(clips))
+        clean, t = seen[-1]
+        assert clean == 3 // chunk * chunk and t.shape == (4, 2, 4)
+        for m in range(1, 4):
+            assert (t[..., m] == t[..., m - 1]).all() == (m % chunk != 0)

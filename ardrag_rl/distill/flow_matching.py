@@ -1,4 +1,4 @@
-"""Training the causal base: block-causal flow matching with clean history, then behind its own history."""
+"""Flow matching: of a bidirectional teacher, of a causal base with clean history, and behind its own history."""
 
 from __future__ import annotations
 
@@ -86,42 +86,66 @@ def reference_of(latents: Tensor) -> Tensor:
 
 
 class FlowMatching(nn.Module):
-    """Block-causal flow matching (Eq. 7 on a causal model): clean history, every frame at its own noise level.
+    """Flow matching (Eq. 7): clean history before every chunk, every chunk at its own noise level.
+
+    A transformer of chunks as long as the video has no history: that is the bidirectional teacher.
 
     Args:
-        policy: its transformer is trained; three of four noise levels are the schedule's, the others lie between them.
+        policy: its transformer is trained.
         history_noise: at most this much noise is mixed into the history, so that small errors do not add up.
-        text_dropout: share of videos that see no prompt.
+        text_dropout: share of videos that see no prompt, for guidance.
+        control_dropout: share of videos that see no drag path (zero latents), for guidance.
         rows: noisy versions of each video that share one pass over its clean history.
+        schedule_share: share of noise levels that are the schedule's; the others are uniform.
+        lowest: of the uniform noise levels; None is the schedule's.
     """
 
     def __init__(
-        self, policy: VideoPolicy, history_noise: float = 0.1, text_dropout: float = 0.1, rows: int = 1
+        self,
+        policy: VideoPolicy,
+        history_noise: float = 0.1,
+        text_dropout: float = 0.1,
+        control_dropout: float = 0.0,
+        rows: int = 1,
+        schedule_share: float = 0.75,
+        lowest: float | None = None,
     ) -> None:
         super().__init__()
-        self.policy, self.history_noise, self.text_dropout, self.rows = policy, history_noise, text_dropout, rows
+        self.policy, self.history_noise, self.rows = policy, history_noise, rows
+        self.text_dropout, self.control_dropout = text_dropout, control_dropout
+        self.schedule_share, self.lowest = schedule_share, lowest
 
     def forward(self, latents: Tensor, trajectory: Tensor, text: Tensor) -> dict[str, Tensor]:
         """latents, trajectory: (B, F, C, h, w); text: (B, L, D)."""
         batch, frames = latents.shape[:2]
         text = text * (torch.rand(batch, 1, 1, device=text.device) > self.text_dropout)
-        levels = torch.tensor(self.policy.schedule.levels[:-1], device=latents.device)
-        t = levels[torch.randint(len(levels), (batch, self.rows, frames), device=latents.device)]
-        between = levels[-1] + (1 - levels[-1]) * torch.rand_like(t)
-        t = torch.where(torch.rand_like(t) < 0.25, between, t)
+        if self.control_dropout:
+            trajectory = trajectory * (torch.rand(batch, 1, 1, 1, 1, device=latents.device) > self.control_dropout)
+        chunk = self.policy.transformer.config["chunk_size"]
+        starts = torch.arange(frames) // chunk  # each frame's chunk
+        t = self.noise_levels((batch, self.rows, int(starts[-1]) + 1), latents.device)[..., starts]
         shape = (-1, self.rows, *(-1,) * 4)
         reference, target = reference_of(latents), latents[:, None].expand(shape)  # (B, rows, F, C, h, w)
         eps = torch.randn_like(target)
         x = interpolate(target, eps, t[..., None, None, None])
         history = self.history(latents, reference, trajectory, text)
         model = self.policy.transformer
+        seen = int(starts[-1]) * chunk  # no chunk looks back on the last
         v, _ = model(
             model.encode_context(text),
-            self.policy.frame_inputs(history, reference, trajectory)[:, :-1],
+            self.policy.frame_inputs(history, reference, trajectory)[:, :seen] if seen else None,
             self.policy.frame_inputs(x, reference[:, None].expand(shape), trajectory[:, None].expand(shape)),
             1000 * t,
         )
         return {"loss": (v.float() - velocity(target, eps)).square().mean()}
+
+    def noise_levels(self, shape: tuple[int, ...], device: torch.device) -> Tensor:
+        """Drawn from the schedule's and from between them, in [0, 1]."""
+        levels = torch.tensor(self.policy.schedule.levels[:-1], device=device)
+        t = levels[torch.randint(len(levels), shape, device=device)]
+        lowest = levels[-1] if self.lowest is None else self.lowest
+        between = lowest + (1 - lowest) * torch.rand_like(t)
+        return torch.where(torch.rand_like(t) < 1 - self.schedule_share, between, t)
 
     def history(self, latents: Tensor, reference: Tensor, trajectory: Tensor, text: Tensor) -> Tensor:
         """(B, F, C, h, w): the clean frames that later ones look back on; here the true ones, with a little noise."""
@@ -144,7 +168,7 @@ class OwnHistory(FlowMatching):
     def __init__(
         self, policy: VideoPolicy, kernels: tuple[Kernel, ...], text_dropout: float = 0.1, rows: int = 1
     ) -> None:
-        super().__init__(policy, 0.0, text_dropout, rows)
+        super().__init__(policy, 0.0, text_dropout, rows=rows)
         self.kernels = kernels
 
     def history(self, latents: Tensor, reference: Tensor, trajectory: Tensor, text: Tensor) -> Tensor:
