@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from acting import BATCH, FRAMES, conditions, generator
+from acting import BATCH, FRAMES, conditions, generator, small
 
 from ardrag_rl.distill.dmd import dmd_gradient, dmd_loss
 from ardrag_rl.distill.self_rollout import Conditions, self_rollout
@@ -86,6 +86,20 @@ def test_the_gradient_is_that_of_the_one_step(policy, given):
         torch.testing.assert_close(got, expected, atol=1e-3, rtol=1e-3)
 
 
+@pytest.mark.parametrize("chunk", [3, FRAMES])
+def test_chunks_roll_out_together(given, chunk):
+    """No gradient crosses chunks, but frames of one see each other; at s = N-1 what is cached is what was predicted."""
+    policy = small(chunk_size=chunk)
+    noise = given.noise.clone().requires_grad_()
+    video = self_rollout(policy, replace(given, noise=noise), 0, generator=generator())
+    video.predictions[:, 4].sum().backward()
+    touched = [m for m in range(FRAMES) if noise.grad[:, m].abs().max() > 0]
+    assert touched == [m for m in range(FRAMES) if m // chunk == 4 // chunk]
+    last = self_rollout(policy, given, 2, generator=generator())
+    assert torch.equal(last.clean, last.predictions.detach()) and last.cache.num_frames == FRAMES
+    assert torch.equal(last.clean, video.clean)
+
+
 def test_teacher_forcing_looks_back_on_the_data(policy, given):
     data = conditions(seed=7)["noise"]
     video = self_rollout(policy, given, 2, "teacher_forcing", data, generator())
@@ -97,7 +111,7 @@ def test_bad_calls(policy, given):
         self_rollout(policy, given, 0, "own")
     with pytest.raises(ValueError, match="needs data="):
         self_rollout(policy, given, 0, "teacher_forcing")
-    with pytest.raises(ValueError, match=r"expected one in 0..2 for each of 8 frames"):
+    with pytest.raises(ValueError, match=r"expected one in 0..2 for each of 8 chunks"):
         self_rollout(policy, given, 3)
     with pytest.raises(ValueError, match=r"steps=\[0, 1\]"):
         self_rollout(policy, given, [0, 1])
