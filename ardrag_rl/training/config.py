@@ -64,7 +64,7 @@ class GRPOConfig(trl.GRPOConfig):
     per_device_train_batch_size: int = field(default=12, metadata={"help": "Videos of a micro-batch per device."})
     gradient_accumulation_steps: int = field(default=8, metadata={"help": "Micro-batches of one optimisation step."})
     num_generations: int | None = field(default=12, metadata={"help": "G, videos of one group (one task)."})
-    max_steps: int = field(default=13, metadata={"help": "Optimisation steps, 1 or more."})
+    max_steps: int = field(default=10, metadata={"help": "Optimisation steps, 1 or more."})
     learning_rate: float = field(default=1e-4, metadata={"help": "Peak learning rate of AdamW."})
     lr_scheduler_type: str = field(default="constant", metadata={"help": "As in transformers."})
     max_grad_norm: float = field(default=1.0, metadata={"help": "Gradient norm above which it is clipped."})
