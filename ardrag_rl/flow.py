@@ -45,6 +45,11 @@ def predict_eps(x: Tensor, v: Tensor, t: Tensor | float) -> Tensor:
     return x + (1 - t) * v
 
 
+def shift_level(t: Tensor, shift: float) -> Tensor:
+    """shift t / (1 + (shift - 1) t): noise levels moved towards 1, as Wan's and SD3's schedules are; 1 moves none."""
+    return shift * t / (1 + (shift - 1) * t)
+
+
 @dataclass(frozen=True)
 class Schedule:
     """The N noise levels a frame passes through; after the last it is clean (t=0).

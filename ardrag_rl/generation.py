@@ -11,10 +11,12 @@ from torch import Tensor
 
 from ardrag_rl import hub
 from ardrag_rl.codec import Codec
+from ardrag_rl.control import Control
 from ardrag_rl.envs.fit import fit
 from ardrag_rl.envs.tasks import image_task
-from ardrag_rl.flow import Kernel, randn
+from ardrag_rl.flow import randn
 from ardrag_rl.policies import VideoPolicy
+from ardrag_rl.policies.chunks import Conditions
 from ardrag_rl.policies.generate import generate_latents
 from ardrag_rl.rollout import Plan
 
@@ -62,17 +64,32 @@ def generate(
     codec.latent_shape(height, width)  # refuses a size that does not fit
     frames = codec.pixel_frames(num_frames)
     control = fit(image_task(image, drag, prompt, frames), frames, height, width).control
-    generator = torch.Generator().manual_seed(seed)
-    shape = (1, num_frames, *codec.latent_shape(height, width))
-    noise, reference = randn(shape, generator), randn(shape, generator)
-    reference[:, :1] = codec.encode(control.image[None, None]).cpu()
-    latents = generate_latents(
-        policy,
-        Plan.all(Kernel(kernel), policy.schedule.num_steps),
-        noise.to(policy.device),
-        codec.encode_heat_maps([control], height, width),
-        reference.to(policy.device),
-        codec.encode_text([prompt]),
-        generator,
+    return generate_controlled(policy, codec, [control], [seed], Plan.all(kernel, policy.schedule.num_steps))[0]
+
+
+def generate_controlled(
+    policy: VideoPolicy, codec: Codec, controls: Sequence[Control], seeds: Sequence[int], plan: Plan
+) -> Tensor:
+    """Videos (B, T, 3, H, W) float32 in [0, 1] on the CPU, of B controls of one size and length; a video depends on
+    its own control and seed only."""
+    given, generators = conditions_of(codec, controls, seeds, policy.device)
+    return codec.decode(generate_latents(policy, plan, given, generators)[:, :, -1]).cpu()
+
+
+def conditions_of(
+    codec: Codec, controls: Sequence[Control], seeds: Sequence[int], device: torch.device
+) -> tuple[Conditions, list[torch.Generator]]:
+    """What B videos are generated from, and for each the generator of what its kernels draw."""
+    height, width = controls[0].image.shape[-2:]
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    num_frames = codec.latent_frames(controls[0].num_frames)
+    shape = (len(controls), num_frames, *codec.latent_shape(height, width))
+    noise, reference = randn(shape, generators), randn(shape, generators)
+    reference[:, :1] = codec.encode(torch.stack([c.image for c in controls])[:, None]).cpu()
+    given = Conditions(
+        noise.to(device),
+        codec.encode_heat_maps(controls, height, width),
+        reference.to(device),
+        codec.encode_text([c.prompt for c in controls]),
     )
-    return codec.decode(latents[:, :, -1])[0].cpu()
+    return given, generators

@@ -36,6 +36,7 @@ from ardrag_rl.envs.mdp import Episodes
 from ardrag_rl.flow import GaussianStep, Kernel
 from ardrag_rl.hub import write_json
 from ardrag_rl.policies import Session, VideoPolicy
+from ardrag_rl.policies.chunks import Chunk, Conditions, chunk_slices
 from ardrag_rl.policies.generate import generate_latents
 from ardrag_rl.rollout import Plan, Rollout
 from ardrag_rl.training.collect import collect
@@ -140,17 +141,16 @@ class Bench:
     def cache(self) -> list[Ratio]:
         """KV cache against recomputation."""
         r = self._group_rollout.to(self.policy.device)
-        inputs = (r.latents[:, :, 0], r.trajectory, r.reference, r.text)
+        given = Conditions(r.latents[:, :, 0], r.trajectory, r.reference, r.text, r.image)
         plan = Plan.all("ode", self.policy.schedule.num_steps)
 
         def cached() -> None:
-            generate_latents(self.policy, plan, *inputs)
+            generate_latents(self.policy, plan, given)
 
         def recomputed() -> None:
-            with mock.patch.object(self.policy, "session", lambda size: _Forgetful(self.policy, size)):
-                generate_latents(self.policy, plan, *inputs)
+            without_cache(self.policy, plan, given)
 
-        # the fresh session of every step has two passes, [history] and [frame]; a joint one would save little
+        # every step has two passes, [history] and [frame]; a joint one would save little
         what = f"recomputing the history at every step / KV cache ({len(r)} videos of {r.num_frames} frames)"
         return [self._ratio(what, recomputed, cached)]
 
@@ -307,14 +307,21 @@ class Bench:
             torch.cuda.synchronize(self.policy.device)
 
 
-class _Forgetful:
-    """A session that remembers nothing: every step runs all earlier frames again."""
-
-    def __init__(self, policy: VideoPolicy, size: int) -> None:
-        self._policy, self._size = policy, size
-
-    def transition(self, obs: Any, kernel: Kernel) -> GaussianStep:
-        return Session(self._policy, self._size).transition(obs, kernel)
+@torch.no_grad()
+def without_cache(policy: VideoPolicy, plan: Plan, given: Conditions) -> torch.Tensor:
+    """The clean frames of `generate_latents`, (B, F, C, h, w), where every step runs all earlier frames again."""
+    model, levels = policy.transformer, policy.schedule.levels
+    context, clean = model.encode_context(given.text, given.image), given.noise[:, :0]
+    for frames in chunk_slices(given.noise.shape[1], model.config["chunk_size"]):
+        x = given.noise[:, frames]
+        for n, kernel in enumerate(plan.kernels):
+            cache = model.new_cache()
+            if frames.start:
+                cache = cache.append(Chunk(policy, given, context, cache, slice(0, frames.start)).entries(clean))
+            v = Chunk(policy, given, context, cache, frames).velocity(x, n)
+            x = kernel.step(x, v, levels[n], levels[n + 1]).sample()
+        clean = torch.cat([clean, x], 1)
+    return clean
 
 
 @contextlib.contextmanager

@@ -12,21 +12,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
-from timm.optim import muon as timm_muon
-from transformers import Trainer, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
+from transformers import TrainingArguments
 from trl import TrlParser
 
 from ardrag_rl import hub
 from ardrag_rl.codec import Codec
+from ardrag_rl.distill.fit import compile_blocks, fit, muon
 from ardrag_rl.distill.flow_matching import FlowMatching, LatentClips, OwnHistory
 from ardrag_rl.distill.text_encoder import save_text_encoder
 from ardrag_rl.envs.sprites import LEVELS, SPLITS, Sprites
 from ardrag_rl.flow import Kernel, Schedule
-from ardrag_rl.policies import CausalWanTransformer3DModel, VideoPolicy, transformer
+from ardrag_rl.policies import CausalWanTransformer3DModel, VideoPolicy
 
 
 @dataclass
@@ -71,7 +69,7 @@ def train_codec(args: PretrainArguments, pipeline: Path) -> None:
     vae = image_autoencoder(args.latent_channels, (8, 24, 96), blocks=2)
     data = CodecImages(args.codec_steps * args.codec_batch, args.size, args.seed)
     start_linear(vae, torch.cat([data[i]["pixels"] for i in range(200)]))
-    fit(
+    train(
         args, "codec", CodecLoss(vae), data, args.codec_steps, args.codec_batch, args.codec_lr, compile_all=args.compile
     )
     vae.save_pretrained(pipeline / "vae")
@@ -90,9 +88,12 @@ def train_base(args: PretrainArguments, pipeline: Path) -> None:
     if args.base_from is not None:
         model.load_state_dict(VideoPolicy.from_pretrained(args.base_from).transformer.state_dict())
     policy = VideoPolicy(model, hub.load_schedule(pipeline), pipeline)
-    _compile(args)
+    if args.compile:
+        compile_blocks()
     loss = FlowMatching(policy, rows=args.base_rows)
-    fit(args, "base", loss, data, args.base_steps, args.base_batch, args.base_lr, muon(loss, args.base_lr))
+    train(
+        args, "base", loss, data, args.base_steps, args.base_batch, args.base_lr, muon(loss.parameters(), args.base_lr)
+    )
     policy.save_pretrained(pipeline)
 
 
@@ -121,11 +122,12 @@ def train_few_step(args: PretrainArguments, pipeline: Path) -> None:
     """Stage 4: flow matching behind the model's own history, so that errors do not add up over the frames."""
     _, data = _clips(args, pipeline)
     policy = VideoPolicy.from_pretrained(pipeline)
-    _compile(args)
+    if args.compile:
+        compile_blocks()
     kernels = (Kernel("ode"), Kernel("cps", 0.6), Kernel("renoise"))
     model = OwnHistory(policy, kernels, rows=args.base_rows)
-    optimizer = muon(model, args.few_step_lr)
-    fit(args, "few_step", model, data, args.few_step_steps, args.few_step_batch, args.few_step_lr, optimizer)
+    optimizer = muon(model.parameters(), args.few_step_lr)
+    train(args, "few_step", model, data, args.few_step_steps, args.few_step_batch, args.few_step_lr, optimizer)
     policy.save_pretrained(pipeline)
 
 
@@ -135,26 +137,7 @@ def _clips(args: PretrainArguments, pipeline: Path) -> tuple[Codec, LatentClips]
     return codec, LatentClips(Path(args.output_dir) / "clips", codec, source, args.clips)
 
 
-def _compile(args: PretrainArguments) -> None:
-    """Compiles the block for training only: in rollouts the cache grows, and every length would be compiled anew."""
-    if args.compile:
-        eager = transformer._run_block
-        compiled = torch.compile(eager, dynamic=False)
-        transformer._run_block = lambda *a: (compiled if torch.is_grad_enabled() else eager)(*a)
-
-
-def muon(model: torch.nn.Module, rate: float) -> torch.optim.Optimizer:
-    """timm's Muon (AdamW for vectors): a lower loss than AdamW's after the same number of clips."""
-    timm_muon.zeropower_via_newtonschulz = _orthogonalise
-    return timm_muon.Muon(model.parameters(), lr=rate, weight_decay=0.01, nesterov=True)
-
-
-def _orthogonalise(*args: Any, _timms: Any = timm_muon.zeropower_via_newtonschulz, **kwargs: Any) -> torch.Tensor:
-    """timm's, in float32: bfloat16 takes a hundred times longer on a CPU without such instructions."""
-    return _timms(*args, **{**kwargs, "dtype": torch.float32})
-
-
-def fit(
+def train(
     args: PretrainArguments,
     stage: str,
     model: torch.nn.Module,
@@ -166,9 +149,8 @@ def fit(
     compile_all: bool = False,
 ) -> None:
     """One resumable Trainer run; the optimizer is AdamW where none is given."""
-    folder = Path(args.output_dir) / stage
     settings = TrainingArguments(
-        output_dir=str(folder),
+        output_dir=str(Path(args.output_dir) / stage),
         max_steps=steps,
         per_device_train_batch_size=batch,
         learning_rate=rate,
@@ -187,10 +169,7 @@ def fit(
         remove_unused_columns=False,
         torch_compile=compile_all,
     )
-    last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
-    trainer = Trainer(model=model, args=settings, train_dataset=data, optimizers=(optimizer, None))
-    trainer.train(resume_from_checkpoint=last)
-    model.eval()
+    fit(model, data, settings, optimizer)
 
 
 def main() -> None:

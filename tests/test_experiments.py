@@ -220,13 +220,10 @@ def test_benchmark_compares_equal_things(bench, script):
     assert torch.equal(one.std, many.std)
     gradients = [bench._gradient(rollout, f) for f in (bench.policy, bench._step_by_step)]
     assert (gradients[0] - gradients[1]).norm() < 1e-4 * gradients[0].norm()
-    benchmark, obs = script("benchmark"), bench.group_envs.reset(seed=0)[0]
-    kernel = benchmark.Kernel("ode")
-    cached, forgetful = bench.policy.session(2), benchmark._Forgetful(bench.policy, 2)
-    for _ in range(3 * 2 + 1):
-        a, b = (s.transition(obs, kernel).mean for s in (cached, forgetful))
-        assert (a - b).abs().max() < 1e-5
-        obs, *_ = bench.group_envs.step(a.numpy())
+    benchmark, r = script("benchmark"), rollout
+    given, plan = benchmark.Conditions(r.latents[:, :, 0], r.trajectory, r.reference, r.text), benchmark.Plan.all("ode")
+    cached = benchmark.generate_latents(bench.policy, plan, given)[:, :, -1]
+    assert (cached - benchmark.without_cache(bench.policy, plan, given)).abs().max() < 1e-5
 
 
 def test_profile_accounts_for_all_time_and_leaves_nothing_behind(bench):

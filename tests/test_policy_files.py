@@ -11,6 +11,7 @@ from diffusers import WanTransformer3DModel
 from ardrag_rl.codec import Codec
 from ardrag_rl.flow import Kernel, Schedule
 from ardrag_rl.policies import CausalWanTransformer3DModel, VideoPolicy
+from ardrag_rl.policies.chunks import Conditions
 from ardrag_rl.policies.generate import generate_latents
 from ardrag_rl.rollout import Plan
 
@@ -115,17 +116,17 @@ def test_bad_models_and_calls(policy):
 def test_generate_is_a_session_acting(policy):
     given = conditions(frames=4)
     plan = Plan.every("cps")
-    a, b = (generate_latents(policy, plan, **given, generator=generator(1)) for _ in range(2))
+    a, b = (generate_latents(policy, plan, Conditions(**given), generator=generator(1)) for _ in range(2))
     assert a.shape == (BATCH, 4, 4, *SHAPE)
     assert torch.equal(a, b) and torch.equal(a[:, :, 0], given["noise"])
     assert torch.equal(a, act(policy, plan, given, seed=1).latents)
-    assert not torch.equal(a, generate_latents(policy, plan, **given, generator=generator(2)))
+    assert not torch.equal(a, generate_latents(policy, plan, Conditions(**given), generator=generator(2)))
 
 
 def test_generate_with_a_generator_for_each_video(policy):
     given = conditions(frames=3)
-    both = generate_latents(policy, Plan.every("cps"), **given, generator=[generator(1), generator(2)])
+    both = generate_latents(policy, Plan.every("cps"), Conditions(**given), generator=[generator(1), generator(2)])
     for i in range(BATCH):
         alone = {k: v[i : i + 1] for k, v in given.items()}
-        one = generate_latents(policy, Plan.every("cps"), **alone, generator=[generator(i + 1)])
+        one = generate_latents(policy, Plan.every("cps"), Conditions(**alone), generator=[generator(i + 1)])
         torch.testing.assert_close(both[i : i + 1], one, **CLOSE)

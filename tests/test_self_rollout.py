@@ -7,8 +7,9 @@ import torch
 from acting import BATCH, FRAMES, conditions, generator, small
 
 from ardrag_rl.distill.dmd import dmd_gradient, dmd_loss
-from ardrag_rl.distill.self_rollout import Conditions, self_rollout
+from ardrag_rl.distill.self_rollout import self_rollout
 from ardrag_rl.policies import VideoPolicy
+from ardrag_rl.policies.chunks import Conditions
 from ardrag_rl.policies.generate import generate_latents
 from ardrag_rl.rollout import Plan
 
@@ -31,8 +32,7 @@ def entries_of(cache):
 def test_a_self_rollout_is_inference(policy, given, steps):
     """Frames and cache are those of sampling with the same noise, whatever the step that carries gradient."""
     video = self_rollout(policy, given, steps, generator=generator())
-    fixed = (given.noise, given.trajectory, given.reference, given.text)
-    latents = generate_latents(policy, Plan.all("renoise"), *fixed, generator())
+    latents = generate_latents(policy, Plan.all("renoise"), given, generator())
     assert torch.equal(video.clean, latents[:, :, -1])
     model = policy.transformer
     cache = model.new_cache()
@@ -73,8 +73,7 @@ def test_the_gradient_is_that_of_the_one_step(policy, given):
     weights = list(policy.transformer.proj_out.parameters())
     grads = torch.autograd.grad(video.predictions.sum(), weights)
     assert all(g.abs().max() > 0 for g in grads)
-    fixed = (given.noise, given.trajectory, given.reference, given.text)
-    latents = generate_latents(policy, Plan.all("renoise"), *fixed, generator())
+    latents = generate_latents(policy, Plan.all("renoise"), given, generator())
     noisy = policy.frame_inputs(latents[:, :, 1], given.reference, given.trajectory)[:, None]
     clean = policy.frame_inputs(latents[:, :, -1], given.reference, given.trajectory)
     t = policy.schedule.levels[1]

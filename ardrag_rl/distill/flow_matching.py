@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -12,9 +13,10 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from ardrag_rl.codec import Codec
-from ardrag_rl.envs.sprites import Sprites
+from ardrag_rl.envs.task import TaskSource
 from ardrag_rl.flow import Kernel, interpolate, velocity
 from ardrag_rl.policies import VideoPolicy
+from ardrag_rl.policies.chunks import Conditions
 from ardrag_rl.policies.generate import generate_latents
 from ardrag_rl.rollout import Plan
 
@@ -31,8 +33,16 @@ class LatentShard:
     text: np.ndarray
 
 
+class ClipSource(TaskSource, Protocol):
+    """Tasks whose true video is known."""
+
+    def video(self, index: int) -> Tensor:
+        """(T, 3, H, W) float32 in [0, 1]."""
+        ...
+
+
 class LatentClips(Dataset[dict[str, Tensor]]):
-    """Encoded sprite clips, made once and kept on disk: encoding costs more than a training step.
+    """Encoded clips, made once and kept on disk: encoding costs more than a training step.
 
     Args:
         folder: where the arrays are; they are made where they are missing.
@@ -41,7 +51,7 @@ class LatentClips(Dataset[dict[str, Tensor]]):
         num_clips: how many of them.
     """
 
-    def __init__(self, folder: Path, codec: Codec, source: Sprites, num_clips: int, batch: int = 32) -> None:
+    def __init__(self, folder: Path, codec: Codec, source: ClipSource, num_clips: int, batch: int = 32) -> None:
         if not (folder / "done").is_file():
             _encode(folder, codec, source, num_clips, batch)
         self.shard = LatentShard(*(np.load(folder / f"{k}.npy", mmap_mode="r") for k in _KEYS))
@@ -56,7 +66,7 @@ class LatentClips(Dataset[dict[str, Tensor]]):
 _KEYS = ("latents", "trajectory", "text")
 
 
-def _encode(folder: Path, codec: Codec, source: Sprites, num_clips: int, batch: int) -> None:
+def _encode(folder: Path, codec: Codec, source: ClipSource, num_clips: int, batch: int) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     frames, shape = codec.latent_frames(source.num_frames), codec.latent_shape(source.height, source.width)
     shapes = ((num_clips, frames, *shape), (num_clips, frames, *shape), (num_clips, *codec.text_shape))
@@ -83,6 +93,15 @@ def reference_of(latents: Tensor) -> Tensor:
     reference = torch.randn_like(latents)
     reference[:, 0] = latents[:, 0]
     return reference
+
+
+def bounded_weight(t: Tensor) -> Tensor:
+    """Of a squared velocity error at level t: 1, less below t = 0.45.
+
+    A velocity's error is that of x0_hat over t, so that plain flow matching is dominated by levels where there is next
+    to nothing left to do. As in min-SNR weighting, an error of x0_hat weighs 1 / t^2 but at most 5.
+    """
+    return t.square() / t.square().clip(min=0.2)
 
 
 class FlowMatching(nn.Module):
@@ -137,7 +156,8 @@ class FlowMatching(nn.Module):
             self.policy.frame_inputs(x, reference[:, None].expand(shape), trajectory[:, None].expand(shape)),
             1000 * t,
         )
-        return {"loss": (v.float() - velocity(target, eps)).square().mean()}
+        error = (v.float() - velocity(target, eps)).square()
+        return {"loss": (error * bounded_weight(t)[..., None, None, None]).mean()}
 
     def noise_levels(self, shape: tuple[int, ...], device: torch.device) -> Tensor:
         """Drawn from the schedule's and from between them, in [0, 1]."""
@@ -175,4 +195,5 @@ class OwnHistory(FlowMatching):
         """(B, F, C, h, w): clean frames of the policy's own rollouts from these conditions."""
         kernel = self.kernels[int(torch.randint(len(self.kernels), ()))]
         plan = Plan((kernel,) * (self.policy.schedule.num_steps - 1) + (Kernel("ode"),))
-        return generate_latents(self.policy, plan, torch.randn_like(latents), trajectory, reference, text)[:, :, -1]
+        given = Conditions(torch.randn_like(latents), trajectory, reference, text)
+        return generate_latents(self.policy, plan, given)[:, :, -1]

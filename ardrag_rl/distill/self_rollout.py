@@ -11,31 +11,12 @@ from torch import Tensor
 
 from ardrag_rl.flow import Kernel, predict_x0
 from ardrag_rl.policies import VideoPolicy
-from ardrag_rl.policies.cache import Cache, FrameEntry
-from ardrag_rl.policies.transformer import Context
+from ardrag_rl.policies.cache import Cache
+from ardrag_rl.policies.chunks import Chunk, Conditions, chunk_slices
 
 History = Literal["self_rollout", "self_forcing", "teacher_forcing"]
 HISTORIES = ("self_rollout", "self_forcing", "teacher_forcing")
 RENOISE = Kernel("renoise")  # Psi of Algorithm 1
-
-
-@dataclass(frozen=True)
-class Conditions:
-    """What B videos of F latent frames are generated from.
-
-    Attributes:
-        noise: (B, F, C, h, w), x[m,0] of all frames.
-        trajectory: (B, F, C, h, w), the encoded control.
-        reference: (B, F, C, h, w), the encoded image at frame 0, fixed noise after (Eq. 6).
-        text: (B, L, D).
-        image: (B, L', D') image tokens, for pipelines that have an image encoder.
-    """
-
-    noise: Tensor
-    trajectory: Tensor
-    reference: Tensor
-    text: Tensor
-    image: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -83,63 +64,38 @@ def self_rollout(
     Raises:
         ValueError: an unknown history, a step outside 0..N-1, a wrong number of them, or no data.
     """
-    levels, chunk = policy.schedule.levels, policy.transformer.config["chunk_size"]
-    starts = range(0, given.noise.shape[1], chunk)
-    chosen = [steps] * len(starts) if isinstance(steps, int) else list(steps)
-    _check(chosen, len(starts), policy.schedule.num_steps, history, data)
+    levels = policy.schedule.levels
+    slices = list(chunk_slices(given.noise.shape[1], policy.transformer.config["chunk_size"]))
+    chosen = [steps] * len(slices) if isinstance(steps, int) else list(steps)
+    _check(chosen, len(slices), policy.schedule.num_steps, history, data)
     context = policy.transformer.encode_context(given.text, given.image)
     cache = policy.transformer.new_cache()
     predictions, clean = [], []
-    for a, s in zip(starts, chosen, strict=True):
-        now = _Chunk(policy, given, context, cache, slice(a, a + chunk))
+    for frames, s in zip(slices, chosen, strict=True):
+        chunk = Chunk(policy, given, context, cache, frames)
 
         def denoise(x: Tensor, v: Tensor, n: int) -> Tensor:
             return RENOISE.step(x, v, levels[n], levels[n + 1]).sample(generator)
 
-        x = given.noise[:, now.frames]
+        x = given.noise[:, frames]
         with torch.no_grad():
             for n in range(s):
-                x = denoise(x, now.velocity(x, n), n)
-        v = now.velocity(x, s)
+                x = denoise(x, chunk.velocity(x, n), n)
+        v = chunk.velocity(x, s)
         predictions.append(predict_x0(x, v, levels[s]))
         with torch.no_grad():
             if history == "teacher_forcing":
                 assert data is not None
-                x = data[:, now.frames]
+                x = data[:, frames]
             elif history == "self_forcing":
                 x = predictions[-1].detach()
             else:
                 x = denoise(x, v, s)
                 for n in range(s + 1, len(levels) - 1):
-                    x = denoise(x, now.velocity(x, n), n)
-            cache = cache.append(now.entries(x))
+                    x = denoise(x, chunk.velocity(x, n), n)
+            cache = cache.append(chunk.entries(x))
         clean.append(x)
     return StudentVideo(torch.cat(predictions, 1), torch.cat(clean, 1), cache)
-
-
-@dataclass(frozen=True)
-class _Chunk:
-    """The c frames of the videos that are denoised together, before their cache entries are written."""
-
-    policy: VideoPolicy
-    given: Conditions
-    context: Context
-    cache: Cache
-    frames: slice
-
-    def velocity(self, x: Tensor, n: int) -> Tensor:
-        """Of x (B, c, C, h, w) at step n."""
-        timestep = 1000 * self.policy.schedule.levels[n]
-        v, _ = self.policy.transformer(self.context, None, self._inputs(x)[:, None], timestep, self.cache)
-        return v[:, 0].float()
-
-    def entries(self, x: Tensor) -> tuple[FrameEntry, ...]:
-        """What the clean frames x (B, c, C, h, w) leave in the cache: one more pass, at t = 0."""
-        return self.policy.transformer(self.context, self._inputs(x), cache=self.cache)[1]
-
-    def _inputs(self, x: Tensor) -> Tensor:
-        reference, trajectory = self.given.reference[:, self.frames], self.given.trajectory[:, self.frames]
-        return self.policy.frame_inputs(x, reference, trajectory, self.frames.start)
 
 
 def _check(steps: Sequence[int], chunks: int, num_steps: int, history: str, data: Tensor | None) -> None:

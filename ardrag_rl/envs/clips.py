@@ -178,6 +178,22 @@ class Manifest:
         task = Task(id=f"{self.path.stem}:{line.number}", control=Control(line.points, line.prompt, image))
         return fit(task, self.num_frames, self.height, self.width)
 
+    def video(self, index: int) -> Tensor:
+        """The clip itself, (T, 3, H, W) float32 in [0, 1].
+
+        Raises:
+            ValueError: the line has an image only, or the clip is shorter.
+        """
+        line = self.lines[index]
+        where = f"{str(self.path)!r}, line {line.number}"
+        if not line.clip:
+            raise ValueError(f"{where} has an image and no clip: there is no true video of it.")
+        try:
+            frames = read_frames(line.file, line.start, self.num_frames)
+        except MediaError as error:
+            raise ValueError(f"{where}: {error}") from error
+        return Crop(_size(frames), (self.height, self.width)).images(frames).float() / 255
+
 
 _KEYS = {"clip", "image", "start", "prompt", "tracks"}
 

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-
-from ardrag_rl.training.report import Interval
 
 
 @dataclass(frozen=True)
@@ -54,40 +51,6 @@ def frechet_distance(a: Gaussian, b: Gaussian) -> float:
     offset = a.mean - b.mean
     trace = np.trace(a.covariance) + np.trace(b.covariance) - 2 * np.sqrt(cross.clip(min=0)).sum()
     return float(max(offset @ offset + trace, 0.0))
-
-
-def frechet_interval(
-    real: Gaussian, groups: Sequence[np.ndarray], seed: int = 0, resamples: int = 200, level: float = 0.95
-) -> Interval:
-    """The distance of generated features to real ones, and its bootstrap interval over videos.
-
-    Resampling repeats videos, which widens the distance whatever the videos are. So the resampled distances give the
-    width only: they are moved to have their mean at the distance itself.
-
-    Args:
-        real: held fixed.
-        groups: for each video its features, (k, D): of its frames, or one of the clip. A video is drawn whole.
-        seed: of the resampling.
-        resamples: their number.
-        level: of the interval.
-
-    Returns:
-        the distance, its bounds, and the number of videos.
-    """
-    features = [np.asarray(g, np.float64) for g in groups]
-    distance = frechet_distance(real, Gaussian.of(np.concatenate(features)))
-    rng = np.random.default_rng(seed)
-    drawn = np.array(
-        [
-            frechet_distance(
-                real,
-                Gaussian.of(np.concatenate([features[i] for i in rng.integers(len(features), size=len(features))])),
-            )
-            for _ in range(resamples)
-        ]
-    )
-    low, high = np.quantile(drawn - drawn.mean(), [(1 - level) / 2, (1 + level) / 2])
-    return Interval(distance, float(max(distance + low, 0.0)), float(distance + high), len(features))
 
 
 def _root(matrix: np.ndarray) -> np.ndarray:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ardrag_rl.policies.chunks import Chunk, Conditions, chunk_slices
 from ardrag_rl.rollout import Plan
 
 if TYPE_CHECKING:
@@ -18,38 +19,30 @@ if TYPE_CHECKING:
 def generate_latents(
     policy: VideoPolicy,
     plan: Plan,
-    noise: Tensor,
-    trajectory: Tensor,
-    reference: Tensor,
-    text: Tensor,
+    given: Conditions,
     generator: torch.Generator | Sequence[torch.Generator] | None = None,
 ) -> Tensor:
-    """Runs a plan over all frames with a session, exactly as an environment would be acted in.
+    """Runs a plan over all frames: chunk by chunk, which with chunks of one frame is what an environment does.
 
     Args:
-        noise: (B, F, C, h, w), x[m,0] of all frames.
-        trajectory, reference: (B, F, C, h, w).
-        text: (B, L, D).
+        policy: with a schedule of as many steps as the plan has.
+        plan: a kernel for each step.
+        given: of B videos of F frames.
+        generator: of what stochastic kernels draw: one for the batch, or one for each video.
 
     Returns:
         (B, F, N+1, C, h, w), x[m,n]; the last along N is clean.
     """
-    batch, frames = noise.shape[:2]
-    session = policy.session(batch)
-    latents = noise.clone()
+    model, levels, num_frames = policy.transformer, policy.schedule.levels, given.noise.shape[1]
+    context, cache = model.encode_context(given.text, given.image), model.new_cache()
     states = []
-    for m in range(frames):
-        chain = [latents[:, m].clone()]
+    for frames in chunk_slices(num_frames, model.config["chunk_size"]):
+        chunk = Chunk(policy, given, context, cache, frames)
+        chain = [given.noise[:, frames]]
         for n, kernel in enumerate(plan.kernels):
-            obs = {
-                "latents": latents,
-                "trajectory": trajectory,
-                "reference": reference,
-                "text": text,
-                "frame": torch.full((batch, 1), m),
-                "step": torch.full((batch, 1), n),
-            }
-            chain.append(session.transition(obs, kernel).sample(generator))
-            latents[:, m] = chain[-1]
-        states.append(torch.stack(chain, 1))
-    return torch.stack(states, 1)
+            step = kernel.step(chain[-1], chunk.velocity(chain[-1], n), levels[n], levels[n + 1])
+            chain.append(step.sample(generator))
+        if frames.stop < num_frames:
+            cache = cache.append(chunk.entries(chain[-1]))
+        states.append(torch.stack(chain, 2))
+    return torch.cat(states, 1)

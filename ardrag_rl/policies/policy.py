@@ -91,6 +91,21 @@ class VideoPolicy(nn.Module):
             self.save_pretrained(folder)
             return str(api.upload_folder(repo_id=repo_id, folder_path=folder))
 
+    def with_chunks(self, chunk_size: int, schedule: Schedule | None = None, window: int | None = None) -> VideoPolicy:
+        """A float32 copy whose transformer denoises `chunk_size` frames together.
+
+        As many as a video has make it bidirectional, a teacher.
+
+        Args:
+            chunk_size: frames.
+            schedule, window: None for the same.
+        """
+        config = {k: v for k, v in self.transformer.config.items() if not k.startswith("_")}  # diffusers' notes
+        config |= {"chunk_size": chunk_size, **({} if window is None else {"window": window})}
+        model = CausalWanTransformer3DModel(**config)
+        model.load_state_dict(self.transformer.state_dict())
+        return VideoPolicy(model, schedule or self.schedule, self.source).to(self.device)
+
     @property
     def device(self) -> torch.device:
         """Where the parameters are."""

@@ -1,0 +1,202 @@
+"""AR-Drag's first training step: a bidirectional teacher, and a causal few-step student distilled from it.
+
+    python experiments/distill.py --config experiments/configs/distill-tiny.yaml       the embedded size
+    accelerate launch experiments/distill.py --config experiments/configs/distill-wan.yaml
+
+Stages, each a pipeline in a folder of `output_dir` and each resumable from any interruption:
+- `teacher`: flow matching with drag paths (Eq. 6-7), all frames of a video at once, from the weights of `--init`.
+- `start`: the teacher's weights with block-causal attention, after flow matching behind clean history at the few-step
+  schedule. (The alternative, regression on the teacher's ODE, needs a dataset of its trajectories first; flow matching
+  needs the data only, and DMD corrects the distribution afterwards either way.)
+- `student`: Self-Rollout with DMD and an adversarial loss (Algorithm 1); `--rollout self_forcing` and
+  `--rollout teacher_forcing` are the baselines. Runs from one `start` with other settings go to other `--student`
+  folders.
+
+How it departs from the paper: critic and student share one rollout in the updates where both learn. Averages of the
+weights (EMA) are what is saved.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from torch.utils.data import Dataset
+from transformers import TrainingArguments
+from trl import TrlParser
+
+from ardrag_rl import hub
+from ardrag_rl.codec import Codec
+from ardrag_rl.distill.critic import Critic
+from ardrag_rl.distill.distillation import Distillation, DistillSettings
+from ardrag_rl.distill.fit import DistillTrainer, averaged, compile_blocks, fit, muon, settings
+from ardrag_rl.distill.flow_matching import FlowMatching, LatentClips
+from ardrag_rl.envs.tasks import make_tasks
+from ardrag_rl.flow import Schedule
+from ardrag_rl.policies import VideoPolicy
+from ardrag_rl.training.lora import add_lora, merged
+
+STAGES = ("teacher", "start", "student")
+
+
+@dataclass
+class DistillArguments:
+    """What to distil, from what, on what."""
+
+    init: str = field(default="tiny", metadata={"help": "Pipeline whose weights the teacher starts from."})
+    tasks: str = field(default="sprites", metadata={"help": "'sprites', a curated manifest, or a folder of clips."})
+    clips: int = field(default=5000, metadata={"help": "Clips that are encoded, at most as many as there are."})
+    num_frames: int = field(default=16, metadata={"help": "Latent frames of a clip, all of them the teacher's chunk."})
+    height: int | None = field(default=None, metadata={"help": "Pixels; unset: the pipeline's own."})
+    width: int | None = field(default=None, metadata={"help": "Pixels; unset: the pipeline's own."})
+    stages: list[str] = field(default_factory=lambda: list(STAGES), metadata={"help": "Stages to run, in order."})
+    teacher: str = field(default="teacher", metadata={"help": "Folder of the teacher, below output_dir."})
+    start: str = field(default="start", metadata={"help": "Folder of the causal start, below output_dir."})
+    student: str = field(default="student", metadata={"help": "Folder of the student, below output_dir."})
+    ema: float = field(default=0.99, metadata={"help": "Decay of the averages of the weights."})
+    lora_rank: int = field(default=0, metadata={"help": "Train adapters of this rank; 0: all weights."})
+    muon: bool = field(default=False, metadata={"help": "Muon for flow matching, in place of AdamW."})
+    compile: bool = field(default=False, metadata={"help": "torch.compile the transformer's blocks."})
+
+    teacher_updates: int = field(default=4000, metadata={"help": "Updates of the teacher."})
+    teacher_batch: int = field(default=8, metadata={"help": "Clips per device and update."})
+    teacher_rate: float = field(default=1e-5, metadata={"help": "Peak learning rate."})
+    teacher_steps: int = field(default=24, metadata={"help": "Denoising steps when it generates."})
+    text_dropout: float = field(default=0.1, metadata={"help": "Share of clips without a prompt, for guidance."})
+    control_dropout: float = field(default=0.1, metadata={"help": "Share of clips without a drag path, for guidance."})
+
+    start_updates: int = field(default=1000, metadata={"help": "Updates of the causal start."})
+    start_batch: int = field(default=8, metadata={"help": "Clips per device and update."})
+    start_rate: float = field(default=1e-5, metadata={"help": "Peak learning rate."})
+    start_rows: int = field(default=2, metadata={"help": "Noisy versions of a clip that share its clean history."})
+
+    chunk_size: int = field(default=1, metadata={"help": "Frames the student denoises together; environments need 1."})
+    window: int | None = field(
+        default=None, metadata={"help": "Clean frames the student looks back on; unset: init's."}
+    )
+    student_updates: int = field(default=1000, metadata={"help": "Updates of the critic."})
+    student_batch: int = field(default=4, metadata={"help": "Clips per device and update."})
+    student_rate: float = field(default=1e-5, metadata={"help": "Learning rate of the student."})
+    critic_rate: float = field(default=1e-5, metadata={"help": "Learning rate of the critic."})
+    student_every: int = field(default=5, metadata={"help": "Updates of the critic for each of the student."})
+    rollout: str = field(default="self_rollout", metadata={"help": "Or self_forcing, or teacher_forcing."})
+    step_per_frame: bool = field(default=False, metadata={"help": "Draw the step with gradient for every frame."})
+    dmd: float = field(default=1.0, metadata={"help": "Weight of distribution matching."})
+    adversarial: float = field(default=0.1, metadata={"help": "Weight of the student's adversarial loss."})
+    discriminator: float = field(default=0.05, metadata={"help": "Weight of the discriminator's loss."})
+    guidance: float = field(default=1.0, metadata={"help": "Of the teacher in DMD; 1 is none."})
+    shift: float = field(default=1.0, metadata={"help": "Of the noise levels in DMD."})
+
+
+class Run:
+    """The stages of one `output_dir`."""
+
+    def __init__(self, args: DistillArguments, training: TrainingArguments) -> None:
+        self.args, self.training, self.folder = args, training, Path(training.output_dir)
+        self.init = hub.pipeline_path(args.init)
+        if args.compile:
+            compile_blocks()
+
+    def teacher(self) -> None:
+        """Bidirectional flow matching."""
+        args = self.args
+        grid = Schedule(tuple(np.linspace(1000, 0, args.teacher_steps, endpoint=False).tolist()))
+        policy = VideoPolicy.from_pretrained(self.init).with_chunks(args.num_frames, grid)
+        loss = FlowMatching(policy, 0.0, args.text_dropout, args.control_dropout, schedule_share=0.0, lowest=0.0)
+        self._flow_matching(args.teacher, loss, args.teacher_updates, args.teacher_batch, args.teacher_rate)
+
+    def start(self) -> None:
+        """Block-causal flow matching with the teacher's weights."""
+        args = self.args
+        schedule = hub.load_schedule(self.init)
+        policy = VideoPolicy.from_pretrained(self.folder / args.teacher).with_chunks(
+            args.chunk_size, schedule, args.window
+        )
+        loss = FlowMatching(policy, text_dropout=args.text_dropout, rows=args.start_rows)
+        self._flow_matching(args.start, loss, args.start_updates, args.start_batch, args.start_rate)
+
+    def student(self) -> None:
+        """Self-Rollout with DMD and an adversarial loss."""
+        args = self.args
+        teacher = VideoPolicy.from_pretrained(self.folder / args.teacher, self.training.device)
+        student = VideoPolicy.from_pretrained(self.folder / args.start)
+        if args.lora_rank:
+            add_lora(student, args.lora_rank, args.lora_rank)
+        names = DistillSettings.__dataclass_fields__.keys() & vars(args).keys()
+        torch.manual_seed(self.training.seed)
+        model = Distillation(
+            student,
+            teacher,
+            Critic(VideoPolicy.from_pretrained(self.folder / args.teacher)),
+            DistillSettings(**{name: getattr(args, name) for name in names}),
+        )
+        model.average = averaged(student.transformer, args.ema)
+        optimizer = torch.optim.AdamW(
+            [
+                {"params": [p for p in student.parameters() if p.requires_grad], "lr": args.student_rate},
+                {"params": list(model.critic.parameters()), "lr": args.critic_rate},
+            ],
+            betas=(0.0, 0.999),  # as Self-Forcing's: two networks that chase each other
+            weight_decay=self.training.weight_decay,
+        )
+        own = settings(
+            self.training,
+            self.folder / "checkpoints" / args.student,
+            args.student_updates,
+            args.student_batch,
+            args.student_rate,
+            ddp_find_unused_parameters=True,  # the student, where it is not its turn
+        )
+        average = (model.average, student.transformer)
+        fit(model, self._data(), own, optimizer, average, partial(DistillTrainer, student_every=args.student_every))
+        self._save(args.student, student, model.average.module)
+
+    def _flow_matching(self, name: str, loss: FlowMatching, updates: int, batch: int, rate: float) -> None:
+        policy = loss.policy
+        if self.args.lora_rank:
+            add_lora(policy, self.args.lora_rank, self.args.lora_rank)
+        loss.average = averaged(policy.transformer, self.args.ema)
+        optimizer = muon((p for p in policy.parameters() if p.requires_grad), rate) if self.args.muon else None
+        own = settings(self.training, self.folder / "checkpoints" / name, updates, batch, rate)
+        fit(loss, self._data(), own, optimizer, (loss.average, policy.transformer))
+        self._save(name, policy, loss.average.module)
+
+    def _data(self) -> Dataset:
+        args = self.args
+        with PartialState().main_process_first():
+            codec = Codec.from_pretrained(self.init, self.training.device)
+            own = hub.pipeline_size(self.init) if None in (args.height, args.width) else (0, 0)
+            height, width = args.height or own[0], args.width or own[1]
+            source = make_tasks(args.tasks, codec.pixel_frames(args.num_frames), height, width)
+            return LatentClips(self.folder / "clips", codec, source, min(args.clips, len(source)))
+
+    def _save(self, name: str, policy: VideoPolicy, weights: torch.nn.Module) -> None:
+        """A pipeline folder that is there as a whole or not at all."""
+        if not self.training.should_save:
+            return
+        partial_folder = self.folder / f"{name}.partial"
+        merged(VideoPolicy(weights, policy.schedule, policy.source)).save_pretrained(partial_folder)
+        partial_folder.rename(self.folder / name)
+
+
+def main() -> None:
+    """Run the stages that are not done."""
+    args, training = TrlParser((DistillArguments, TrainingArguments)).parse_args_and_config()
+    if unknown := set(args.stages) - set(STAGES):
+        raise SystemExit(f"--stages {' '.join(sorted(unknown))}: choose from {', '.join(STAGES)}.")
+    run = Run(args, training)
+    for stage in args.stages:
+        folder = run.folder / getattr(args, stage)
+        if (folder / "model_index.json").is_file():
+            print(f"{stage}: {folder} is there and is left as it is.")
+            continue
+        getattr(run, stage)()
+        print(f"{stage}: wrote {folder}.")
+
+
+if __name__ == "__main__":
+    main()
