@@ -125,6 +125,42 @@ def read_frames(path: str | Path, start: int = 0, count: int | None = None, stri
     return torch.stack(frames)
 
 
+def frames_at(path: str | Path, fps: float) -> Iterator[Tensor]:
+    """The frames of a video shown at 0, 1/fps, 2/fps, ... seconds, (3, H, W) uint8, as they are decoded.
+
+    Times are the frames' own, so that a variable frame rate is played as it was recorded; a moment without a frame of
+    its own is left out.
+
+    Raises:
+        MediaError: the file cannot be read, or breaks off before its first frame.
+    """
+    if not fps > 0:
+        raise ValueError(f"fps={fps}: expected a number above 0.")
+    with _opened(path) as container:
+        stream = container.streams.video[0]
+        stream.thread_type = "AUTO"
+        first, due = None, 0  # due: the next moment
+        for count, frame in enumerate(container.decode(video=0)):
+            at = frame.time if frame.time is not None else count / float(stream.average_rate or fps)
+            first = at if first is None else first
+            if (at - first) * fps < due - 0.01:  # times are rounded to the file's clock
+                continue
+            yield torch.from_numpy(frame.to_ndarray(format="rgb24")).permute(2, 0, 1)
+            due = int((at - first) * fps + 0.01) + 1
+        if first is None:
+            raise MediaError(f"{str(path)!r} has no frame that can be decoded.")
+
+
+def whole_rate(path: str | Path, fps: float) -> float:
+    """The frame rate nearest to `fps` of which the file's is a multiple: every k-th frame, or steps would be uneven.
+
+    Raises:
+        MediaError: the file is missing or holds no video.
+    """
+    own = video_info(path).fps
+    return own / max(1, round(own / fps)) if own else fps
+
+
 def read_video(path: str | Path, start: int = 0, count: int | None = None, stride: int = 1) -> Tensor:
     """`read_frames` as float32 in [0, 1]."""
     return read_frames(path, start, count, stride).float() / 255

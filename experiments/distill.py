@@ -25,7 +25,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import PartialState
-from torch.utils.data import Dataset
+from torch.utils.data import ConcatDataset, Dataset
 from transformers import TrainingArguments
 from trl import TrlParser
 
@@ -35,6 +35,7 @@ from ardrag_rl.distill.critic import Critic
 from ardrag_rl.distill.distillation import Distillation, DistillSettings
 from ardrag_rl.distill.fit import DistillTrainer, averaged, compile_blocks, fit, muon, settings
 from ardrag_rl.distill.flow_matching import FlowMatching, LatentClips
+from ardrag_rl.envs.fit import parse_size
 from ardrag_rl.envs.tasks import make_tasks
 from ardrag_rl.flow import Schedule
 from ardrag_rl.policies import VideoPolicy
@@ -48,11 +49,15 @@ class DistillArguments:
     """What to distil, from what, on what."""
 
     init: str = field(default="tiny", metadata={"help": "Pipeline whose weights the teacher starts from."})
-    tasks: str = field(default="sprites", metadata={"help": "'sprites', a curated manifest, or a folder of clips."})
-    clips: int = field(default=5000, metadata={"help": "Clips that are encoded, at most as many as there are."})
+    tasks: list[str] = field(
+        default_factory=lambda: ["sprites"],
+        metadata={"help": "Names, curated manifests or folders, one for each size."},
+    )
+    sizes: list[str] | None = field(
+        default=None, metadata={"help": "WIDTHxHEIGHT of each of the tasks; unset: the pipeline's own."}
+    )
+    clips: int = field(default=5000, metadata={"help": "Clips of each that are encoded, at most all."})
     num_frames: int = field(default=16, metadata={"help": "Latent frames of a clip, all of them the teacher's chunk."})
-    height: int | None = field(default=None, metadata={"help": "Pixels; unset: the pipeline's own."})
-    width: int | None = field(default=None, metadata={"help": "Pixels; unset: the pipeline's own."})
     stages: list[str] = field(default_factory=lambda: list(STAGES), metadata={"help": "Stages to run, in order."})
     teacher: str = field(default="teacher", metadata={"help": "Folder of the teacher, below output_dir."})
     start: str = field(default="start", metadata={"help": "Folder of the causal start, below output_dir."})
@@ -98,6 +103,10 @@ class Run:
     def __init__(self, args: DistillArguments, training: TrainingArguments) -> None:
         self.args, self.training, self.folder = args, training, Path(training.output_dir)
         self.init = hub.pipeline_path(args.init)
+        texts = args.sizes or ["{1}x{0}".format(*hub.pipeline_size(self.init))] * len(args.tasks)
+        if len(texts) != len(args.tasks):
+            raise SystemExit(f"--sizes {' '.join(texts)}: expected one for each of {len(args.tasks)} --tasks.")
+        self.sizes = [parse_size(text) for text in texts]
         if args.compile:
             compile_blocks()
 
@@ -169,18 +178,20 @@ class Run:
         args = self.args
         with PartialState().main_process_first():
             codec = Codec.from_pretrained(self.init, self.training.device)
-            own = hub.pipeline_size(self.init) if None in (args.height, args.width) else (0, 0)
-            height, width = args.height or own[0], args.width or own[1]
-            source = make_tasks(args.tasks, codec.pixel_frames(args.num_frames), height, width)
-            return LatentClips(self.folder / "clips", codec, source, min(args.clips, len(source)))
+            buckets = []
+            for i, (tasks, size) in enumerate(zip(args.tasks, self.sizes, strict=True)):
+                source = make_tasks(tasks, codec.pixel_frames(args.num_frames), *size)
+                folder = self.folder / ("clips" if i == 0 else f"clips-{i}")
+                buckets.append(LatentClips(folder, codec, source, min(args.clips, len(source))))
+            return ConcatDataset(buckets) if len(buckets) > 1 else buckets[0]
 
     def _save(self, name: str, policy: VideoPolicy, weights: torch.nn.Module) -> None:
         """A pipeline folder that is there as a whole or not at all."""
-        if not self.training.should_save:
-            return
-        partial_folder = self.folder / f"{name}.partial"
-        merged(VideoPolicy(weights, policy.schedule, policy.source)).save_pretrained(partial_folder)
-        partial_folder.rename(self.folder / name)
+        if self.training.should_save:
+            partial_folder = self.folder / f"{name}.partial"
+            merged(VideoPolicy(weights, policy.schedule, policy.source)).save_pretrained(partial_folder)
+            partial_folder.rename(self.folder / name)
+        PartialState().wait_for_everyone()  # the next stage reads it
 
 
 def main() -> None:
@@ -192,10 +203,11 @@ def main() -> None:
     for stage in args.stages:
         folder = run.folder / getattr(args, stage)
         if (folder / "model_index.json").is_file():
-            print(f"{stage}: {folder} is there and is left as it is.")
+            PartialState().print(f"{stage}: {folder} is there and is left as it is.")
             continue
         getattr(run, stage)()
-        print(f"{stage}: wrote {folder}.")
+        PartialState().print(f"{stage}: wrote {folder}.")
+    PartialState().destroy_process_group()  # one that is not taken down can abort at exit
 
 
 if __name__ == "__main__":

@@ -10,7 +10,8 @@ the codec.
 
 FID and FVD compare with the true videos of the same tasks, by the embedded networks or, with `--inception` and `--i3d`,
 by those of the literature; only distances by the same networks compare. Intervals are 95 % bootstraps over runs and
-tasks. What was measured is kept in `output_dir`, and a second call measures only what is new.
+tasks; a distance is to the true videos of the tasks drawn. What was measured is kept in `output_dir`, and a second call
+measures only what is new.
 """
 
 from __future__ import annotations
@@ -35,7 +36,16 @@ from ardrag_rl.envs.fit import Crop, fit
 from ardrag_rl.envs.tasks import make_tasks
 from ardrag_rl.generation import generate_controlled
 from ardrag_rl.media import VIDEO_SUFFIXES, read_video, write_gif, write_video
-from ardrag_rl.metrics import Distance, Latency, Scorer, Scores, bootstrap_interval, load_features, measure_latency
+from ardrag_rl.metrics import (
+    Distance,
+    Latency,
+    Mean,
+    Scorer,
+    Scores,
+    bootstrap_interval,
+    load_features,
+    measure_latency,
+)
 from ardrag_rl.policies import VideoPolicy
 from ardrag_rl.rollout import Plan
 from ardrag_rl.training.report import Interval
@@ -214,17 +224,12 @@ class Evaluator:
 def summarise(runs: list[Result], reference: Scores, resamples: int) -> dict[str, Interval]:
     """Column -> interval; a column without values is left out."""
     columns = {
-        "fid": ([r.scores.frame_features for r in runs], Distance(reference.frame_features)),
-        "fvd": ([r.scores.clip_features for r in runs], Distance(reference.clip_features)),
+        "fid": [Distance(reference.frame_features, r.scores.frame_features) for r in runs],
+        "fvd": [Distance(reference.clip_features, r.scores.clip_features) for r in runs],
+        **{name: [Mean(getattr(r.scores, name)) for r in runs] for name in list(COLUMNS)[2:]},
     }
-    for name in list(COLUMNS)[2:]:
-        values = [getattr(r.scores, name) for r in runs]
-        columns[name] = ([v[np.isfinite(v)] for v in values], lambda v: float(v.mean()))
-    return {
-        name: bootstrap_interval(values, statistic, resamples=resamples)
-        for name, (values, statistic) in columns.items()
-        if all(len(v) for v in values)
-    }
+    intervals = {k: bootstrap_interval(v, len(reference), resamples=resamples) for k, v in columns.items()}
+    return {name: interval for name, interval in intervals.items() if np.isfinite(interval.mean)}
 
 
 def table(rows: dict[str, dict[str, Interval]], latencies: dict[str, list[Latency]]) -> str:

@@ -1,7 +1,7 @@
 """Trains the embedded feature networks, by which FID and FVD are measured at the tiny size, from nothing.
 
-    python experiments/pretrain_features.py --kind frame          # 2 networks, some minutes each on one core
-    python experiments/pretrain_features.py --kind clip
+    python experiments/pretrain_features.py --kind frame     # ten minutes each on one core
+    python experiments/pretrain_features.py --kind clip      # on maps of the frame network, which stays as it is
 
 Inception and I3D learned to name what photographs and videos show; these learn to tell what sprite videos show: shape,
 colour, texture, place, background, movement, and the strength of blur, noise and contrast that half of them are given.
@@ -109,6 +109,9 @@ def main() -> None:
     data = Shown(clips, args.updates * args.batch, args.seed)
     torch.manual_seed(args.seed)
     net = SpriteFeatures(clips, num_targets=sum(CLASSES) + data[0]["numbers"].shape[-1])
+    if clips:
+        net.trunk.load_state_dict(SpriteFeatures.from_pretrained(Path(args.assets) / "frame").trunk.state_dict())
+        net.trunk.requires_grad_(False)
     model = Telling(net)
     settings = TrainingArguments(
         output_dir=str(Path(args.output_dir) / args.kind),

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import TrainingArguments
 
+from ardrag_rl.distill.buckets import BucketSampler
 from ardrag_rl.distill.critic import Critic, Judgement, adversarial_gradient, denoise, discriminator_loss, guided
 from ardrag_rl.distill.distillation import Distillation, DistillSettings
 from ardrag_rl.distill.fit import DistillTrainer, averaged, fit, settings
@@ -282,6 +283,43 @@ def test_a_resumed_run_equals_the_uninterrupted_one(tmp_path, model, batch):
     assert any("average" in k for k in whole) and not any("teacher" in k for k in whole)
 
 
+def test_batches_are_of_one_bucket():
+    sampler = BucketSampler([7, 12], 3, seed=1)
+    first = list(sampler)
+    assert len(first) == len(sampler) == 18 and len(set(first)) == 18
+    batches = [first[i : i + 3] for i in range(0, 18, 3)]
+    assert all(len({i < 7 for i in b}) == 1 for b in batches) and list(sampler) == first
+    sampler.set_epoch(1)
+    assert list(sampler) != first
+    with pytest.raises(ValueError, match="bucket 1 has 2 clips, fewer than a batch of 3"):
+        BucketSampler([7, 2], 3)
+
+
+def test_resolutions_train_together(tmp_path):
+    class Squares(torch.utils.data.Dataset):
+        def __init__(self, side):
+            self.side = side
+
+        def __len__(self):
+            return 10
+
+        def __getitem__(self, i):
+            return {"x": torch.zeros(self.side, self.side)}
+
+    class Shapes(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight, self.seen = nn.Parameter(torch.zeros(1)), []
+
+        def forward(self, x):
+            self.seen.append(tuple(x.shape))
+            return {"loss": (self.weight - x).square().mean()}
+
+    model = Shapes()
+    fit(model, torch.utils.data.ConcatDataset([Squares(2), Squares(3)]), arguments(tmp_path, max_steps=8))
+    assert set(model.seen) == {(4, 2, 2), (4, 3, 3)} and len(model.seen) == 8
+
+
 TINY = [
     *("--tasks", "sprites", "--clips", "6", "--num_frames", "3", "--teacher_updates", "2", "--start_updates", "2"),
     *("--student_updates", "2", "--teacher_batch", "2", "--start_batch", "2", "--student_batch", "2"),
@@ -314,8 +352,8 @@ def test_the_script_makes_three_pipelines_and_does_nothing_twice(tiny_pipeline, 
 
 @pytest.mark.slow
 def test_two_processes_learn_together(tiny_pipeline, tmp_path):
-    launch = ("-m", "accelerate.commands.launch", "--num_processes", "2", "--cpu", "--num_machines", "1")
-    done = distil(tiny_pipeline, tmp_path, launch=(*launch, "--mixed_precision", "no", "--dynamo_backend", "no"))
+    launch = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")  # gloo
+    done = distil(tiny_pipeline, tmp_path, launch=launch)
     assert done.returncode == 0, done.stderr
     state = json.loads((tmp_path / "checkpoints" / "student" / "checkpoint-2" / "trainer_state.json").read_text())
     assert state["global_step"] == 2

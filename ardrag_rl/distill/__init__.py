@@ -1,1 +1,1 @@
-"""Step 1: from nothing to a few-step causal base."""
+"""Step 1: from raw videos to a few-step causal student; and the embedded base from nothing."""

@@ -12,10 +12,11 @@ import torch
 from timm.optim import muon as timm_muon
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
-from torch.utils.data import Dataset
+from torch.utils.data import ConcatDataset, Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
+from ardrag_rl.distill.buckets import BucketSampler
 from ardrag_rl.policies import transformer
 
 
@@ -25,29 +26,32 @@ def fit(
     args: TrainingArguments,
     optimizer: torch.optim.Optimizer | None = None,
     average: tuple[AveragedModel, nn.Module] | None = None,
-    trainer_class: Callable[..., Trainer] = Trainer,
+    trainer_class: Callable[..., Trainer] | None = None,
 ) -> Trainer:
     """Trains, going on from the last checkpoint in `args.output_dir` where there is one.
 
     Args:
         model: its forward takes the data's entries and returns a dict with "loss".
-        data: of dicts of tensors.
+        data: of dicts of tensors; of a `ConcatDataset`, every batch is of one of its datasets.
         args: settings of the run.
         optimizer: None is the Trainer's AdamW.
         average: and the module whose weights it follows; both are parts of `model`, so that checkpoints hold them.
-        trainer_class: a Trainer that calls the model otherwise.
+        trainer_class: makes a `BucketTrainer` that calls the model otherwise.
 
     Returns:
         the Trainer, after its last update.
     """
     folder = Path(str(args.output_dir))
     last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
-    callbacks = [] if average is None else [_Averaging(*average)]
-    trainer = trainer_class(
-        model=model, args=args, train_dataset=data, optimizers=(optimizer, None), callbacks=callbacks
+    callbacks: list[TrainerCallback] = [] if average is None else [_Averaging(*average)]
+    trainer = (trainer_class or BucketTrainer)(
+        model=model,
+        args=args,
+        train_dataset=data,
+        optimizers=(optimizer, None),
+        callbacks=callbacks,  # type: ignore[arg-type]
     )
     trainer.train(resume_from_checkpoint=last)
-    trainer.accelerator.end_training()  # a process group that is not taken down can abort at exit
     model.eval()
     return trainer
 
@@ -112,7 +116,18 @@ def compile_blocks() -> None:
     transformer._run_block = run  # type: ignore[assignment]
 
 
-class DistillTrainer(Trainer):
+class BucketTrainer(Trainer):
+    """A Trainer that keeps the datasets of a `ConcatDataset`, say of different resolutions, in batches of their own."""
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        data = self.train_dataset if train_dataset is None else train_dataset
+        if not isinstance(data, ConcatDataset):
+            return super()._get_train_sampler(data)
+        batch = self.args.per_device_train_batch_size
+        return BucketSampler([len(d) for d in data.datasets], batch, self.args.seed)  # type: ignore[arg-type]
+
+
+class DistillTrainer(BucketTrainer):
     """Trainer of a `Distillation`: the critic learns at every update, the student at every k-th, the first included.
 
     Args:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 import logging
 from collections import OrderedDict
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from ardrag_rl.control import Control
 from ardrag_rl.envs.fit import Crop, fit
+from ardrag_rl.envs.points import moving_points
 from ardrag_rl.envs.task import Task
 from ardrag_rl.media import VIDEO_SUFFIXES, MediaError, read_frames, read_image, read_video, video_info
 
@@ -104,7 +104,7 @@ class ClipFolder:
         """The clip itself, (T, 3, H, W) float32 in [0, 1]."""
         w = self.windows[index]
         frames = read_frames(w.path, w.start, self.num_frames, w.stride)
-        return Crop(_size(frames), (self.height, self.width)).images(frames).float() / 255
+        return Crop(frame_size(frames), (self.height, self.width)).images(frames).float() / 255
 
     def _windows(self, file: Path) -> list[Window]:
         info = video_info(file)
@@ -120,13 +120,13 @@ class ClipFolder:
         frames = read_frames(window.path, window.start, self.num_frames, window.stride)
         # tracks are found at a resolution that shows more than the environment's
         scale = max(1.0, 256 / min(self.height, self.width))
-        size = _size(frames)
+        size = frame_size(frames)
         large = Crop(size, (round(self.height * scale), round(self.width * scale))).images(frames)
         points = moving_points(large)
         if points.shape[1] == 0:
             logger.warning("no point to track was found in %s; the task has no control.", window.name)
         image = Crop(size, (self.height, self.width)).images(frames[:1])[0].float() / 255
-        return Task(id=f"clips:{window.name}", control=Control(points, _prompt(window.path), image))
+        return Task(id=f"clips:{window.name}", control=Control(points, prompt_of(window.path), image))
 
 
 class Manifest:
@@ -192,7 +192,7 @@ class Manifest:
             frames = read_frames(line.file, line.start, self.num_frames)
         except MediaError as error:
             raise ValueError(f"{where}: {error}") from error
-        return Crop(_size(frames), (self.height, self.width)).images(frames).float() / 255
+        return Crop(frame_size(frames), (self.height, self.width)).images(frames).float() / 255
 
 
 _KEYS = {"clip", "image", "start", "prompt", "tracks"}
@@ -256,57 +256,6 @@ def split_by_hash(items: Sequence[Item], names: Sequence[str], split: str, where
     return chosen
 
 
-def moving_points(frames: Tensor, most: int = 2) -> Tensor:
-    """Tracks of the points that move most, on the screen and against the camera, and can be followed longest.
-
-    Args:
-        frames: (T, 3, H, W) uint8.
-        most: how many at most; a further one must be elsewhere and move at least half as far as the first.
-
-    Returns:
-        (T, K, 3), (x, y, intensity); intensity 1 while the point is followed, 0 after it is lost. K = 0 where the first
-        frame has no corner.
-    """
-    import cv2
-
-    grey = [cv2.cvtColor(f.permute(1, 2, 0).contiguous().numpy(), cv2.COLOR_RGB2GRAY) for f in frames]
-    height, width = grey[0].shape
-    side = min(height, width)
-    mask = np.zeros_like(grey[0])
-    margin = round(0.1 * side)  # a tracker needs what surrounds the point
-    mask[margin : height - margin, margin : width - margin] = 255
-    corners = cv2.goodFeaturesToTrack(grey[0], 200, 0.02, max(4, side // 32), mask=mask)
-    if corners is None:
-        return torch.zeros(len(grey), 0, 3)
-    track = [np.asarray(corners, np.float32).reshape(-1, 2)]
-    alive = [np.ones(len(track[0]), bool)]
-    for before, after in itertools.pairwise(grey):
-        start = track[-1][:, None]
-        there, ok = _flow(before, after, start)
-        back, ok_back = _flow(after, before, there)
-        error = np.linalg.norm(back - start, axis=-1)[:, 0]
-        jump = np.linalg.norm(there - start, axis=-1)[:, 0]
-        inside = np.all((there >= 0) & (there <= (width - 1, height - 1)), axis=(1, 2))
-        good = ok & ok_back & (error < 0.004 * side) & (jump < 0.15 * side) & inside
-        alive.append(alive[-1] & good)
-        track.append(np.where(alive[-1][:, None], there[:, 0], track[-1]))
-    xy, followed = np.stack(track), np.stack(alive)  # (T, P, 2), (T, P)
-    steps = np.diff(xy, axis=0)
-    lasting = np.flatnonzero(followed.sum(0) == followed.sum(0).max())
-    camera = np.median(steps[:, lasting], axis=1, keepdims=True)
-    # movement on the screen and against the camera's: what a camera follows moves too
-    length = (np.linalg.norm(steps, axis=-1) + np.linalg.norm(steps - camera, axis=-1)).sum(0)  # (P,)
-    order = lasting[np.argsort(-length[lasting], kind="stable")]
-    first = order[len(order) // 10]  # not the very fastest, which may be a mistake
-    chosen = [first]
-    for p in order[len(order) // 10 :]:
-        apart = np.linalg.norm(xy[0, p] - xy[0, chosen], axis=-1).min() > 0.2 * side
-        if len(chosen) < most and apart and length[p] >= 0.5 * length[first]:
-            chosen.append(p)
-    fractions = (xy[:, chosen] + 0.5) / (width, height)
-    return torch.from_numpy(np.concatenate([fractions, followed[:, chosen, None]], -1)).float()
-
-
 def points_of(tracks: Sequence[Any]) -> Tensor:
     """Lists of (x, y) or (x, y, intensity), one list per point, as (T, K, 3) float32.
 
@@ -330,21 +279,13 @@ def points_of(tracks: Sequence[Any]) -> Tensor:
     return torch.from_numpy(np.stack(held, 1) if held else np.zeros((1, 0, 3))).float()
 
 
-def _flow(before: np.ndarray, after: np.ndarray, points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Where points (P, 1, 2) go from one grey picture to the next, and which (P,) were found."""
-    import cv2
-
-    there, ok, _ = cv2.calcOpticalFlowPyrLK(  # type: ignore[call-overload]  # its stubs forbid None
-        before, after, points, None, winSize=(21, 21), maxLevel=3
-    )
-    return np.asarray(there), np.asarray(ok)[:, 0] > 0
-
-
-def _size(frames: Tensor) -> tuple[int, int]:
+def frame_size(frames: Tensor) -> tuple[int, int]:
+    """(height, width) of (..., H, W)."""
     return int(frames.shape[-2]), int(frames.shape[-1])
 
 
-def _prompt(path: Path) -> str:
+def prompt_of(path: Path) -> str:
+    """The text of `clip.txt` beside `clip.mp4`, or else the file's name."""
     sidecar = path.with_suffix(".txt")
     if sidecar.is_file():
         return sidecar.read_text().strip()

@@ -49,6 +49,18 @@ class Crop:
         return torch.stack([x, y, points[..., 2] * inside], -1)
 
 
+def parse_size(text: str) -> tuple[int, int]:
+    """ "WIDTHxHEIGHT", as sizes are written, to (height, width).
+
+    Raises:
+        ValueError: the text is nothing of the kind.
+    """
+    width, _, height = text.partition("x")
+    if not (width.isdigit() and height.isdigit() and int(width) and int(height)):
+        raise ValueError(f"size {text!r}: expected WIDTHxHEIGHT, such as 480x368.")
+    return int(height), int(width)
+
+
 def fit(task: Task, num_frames: int, height: int, width: int) -> Task:
     """The task at another size; the same object where it fits already.
 

@@ -27,15 +27,16 @@ class Features(Protocol):
 
 
 class SpriteFeatures(nn.Module, PyTorchModelHubMixin):
-    """A small network that has learned what sprite videos show: shapes, colours, places, movement, and how blurred or
-    noisy a picture is (`experiments/pretrain_features.py`). Its features are averages over the picture, and over time.
+    """A small network that has learned what sprite videos show: shapes, colours, places, and how blurred or noisy a
+    picture is; with `clips` also how it moves (`experiments/pretrain_features.py`).
 
     Args:
-        clips: movement too, one vector for a clip; else frames by themselves, one for each.
+        clips: one vector for a clip, of convolutions over time on maps of the frames; else one for each frame, the mean
+            over its last map.
         width: channels of the first layer.
         num_features: D.
         num_targets: numbers it was trained to tell.
-        size: pixels to a side that pictures are resized to.
+        size: pixels to a side that frames are resized to.
     """
 
     def __init__(
@@ -43,30 +44,35 @@ class SpriteFeatures(nn.Module, PyTorchModelHubMixin):
     ) -> None:
         super().__init__()
         self.clips, self.size = clips, size
-        widths = [3, width, 2 * width, 4 * width, num_features]
-        time = [1, 3, 3, 3] if clips else [1] * 4
-        layers: list[nn.Module] = []
-        for i, (before, after, t) in enumerate(zip(widths, widths[1:], time, strict=False)):
-            side = 5 if i == 0 else 3
-            stride = (2 if clips and i == 2 else 1, 2, 2)
-            layers += [
-                nn.Conv3d(before, after, (t, side, side), stride, (t // 2, side // 2, side // 2)),
-                nn.GroupNorm(4, after),
+        widths, reduced = [3, width, 2 * width, 4 * width, num_features], 12
+        self.trunk = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(before, after, side, 2, side // 2), nn.GroupNorm(4, after), nn.ReLU())
+            for before, after, side in zip(widths, widths[1:], (5, 3, 3, 3), strict=False)
+        )
+        if clips:
+            self.reduce = nn.Conv2d(4 * width, reduced, 1)
+            self.time = nn.Sequential(
+                nn.Conv1d(reduced * (size // 8) ** 2, 128, 3, padding=1),
+                nn.GroupNorm(8, 128),
                 nn.ReLU(),
-            ]
-        self.trunk = nn.Sequential(*layers)
+                nn.Conv1d(128, num_features, 3, padding=1),
+                nn.ReLU(),
+            )
         self.head = nn.Linear(num_features, num_targets)
 
     def features(self, video: Tensor) -> Tensor:
         """(B, T, 3, H, W) in [0, 1] -> (B, D) of clips, (B, T, D) of frames."""
         shape, side = video.shape[:2], (self.size, self.size)
-        frames = video.flatten(0, 1).float()
-        if tuple(frames.shape[-2:]) != side:
-            frames = F.interpolate(frames, side, mode="bilinear", antialias=True)
-        x = (4 * (frames - 0.5)).unflatten(0, shape).transpose(1, 2)  # (B, 3, T, H, W)
+        x = video.flatten(0, 1).float()
+        if tuple(x.shape[-2:]) != side:
+            x = F.interpolate(x, side, mode="bilinear", antialias=True)
+        x = 4 * (x - 0.5)
+        for layer in self.trunk[:3]:
+            x = layer(x)
         if self.clips:
-            return self.trunk(x).mean((-3, -2, -1))
-        return self.trunk(x).mean((-2, -1)).transpose(1, 2)
+            maps = self.reduce(x).flatten(1).unflatten(0, shape).transpose(1, 2)  # (B, C h w, T)
+            return self.time(maps).mean(-1)
+        return self.trunk[3](x).mean((-2, -1)).unflatten(0, shape)
 
     def forward(self, video: Tensor) -> Tensor:
         """What it was trained to tell: (B, [T,] num_targets)."""

@@ -1,4 +1,4 @@
-"""Bootstrap intervals of any number that a set of videos has, over training runs and videos."""
+"""Bootstrap intervals of any number that a set of videos has, over training runs and tasks."""
 
 from __future__ import annotations
 
@@ -8,23 +8,22 @@ import numpy as np
 
 from ardrag_rl.training.report import Interval
 
+Statistic = Callable[[np.ndarray], float]  # of the tasks at these indices (n,)
+
 
 def bootstrap_interval(
-    runs: Sequence[np.ndarray],
-    statistic: Callable[[np.ndarray], float],
-    seed: int = 0,
-    resamples: int = 200,
-    level: float = 0.95,
+    runs: Sequence[Statistic], num_tasks: int, seed: int = 0, resamples: int = 200, level: float = 0.95
 ) -> Interval:
-    """The mean over runs of a statistic of their videos, and its interval over both.
+    """The mean over runs of a statistic of their tasks, and its interval over both.
 
-    Every resample draws runs, and videos within each, with replacement. That repeats videos, which widens a Frechet
-    distance whatever the videos are. So the resamples give the width only: they are moved to have their mean at the
-    number itself.
+    Every resample draws runs, and tasks for each, with replacement. That repeats tasks, which shifts a Frechet distance
+    whatever the videos are. So the resamples give the width only: they are moved to have their mean at the number
+    itself.
 
     Args:
-        runs: for each run, say of another seed, an array (n, ...) with an entry for each video.
-        statistic: of such an array.
+        runs: for each run, say of another seed, its number as a function of task indices. A distance to the true videos
+            should take these of the same tasks: what the tasks show then cancels.
+        num_tasks: n; the number itself is of all of them, once each.
         seed: of the resampling.
         resamples: their number.
         level: of the interval.
@@ -33,15 +32,15 @@ def bootstrap_interval(
         the mean of the runs' statistics, the bounds, and the number of videos in all runs together.
 
     Raises:
-        ValueError: no runs, or a run without videos.
+        ValueError: no runs or no tasks.
     """
-    if not runs or any(len(run) == 0 for run in runs):
-        raise ValueError(f"runs of {[len(run) for run in runs]} videos: expected at least one run with one video.")
-    point = float(np.mean([statistic(run) for run in runs]))
+    if not runs or num_tasks < 1:
+        raise ValueError(f"{len(runs)} runs of {num_tasks} tasks: expected at least one of each.")
+    point = float(np.mean([run(np.arange(num_tasks)) for run in runs]))
     rng = np.random.default_rng(seed)
     drawn = np.empty(resamples)
     for i in range(resamples):
-        chosen = [runs[k] for k in rng.integers(len(runs), size=len(runs))]
-        drawn[i] = np.mean([statistic(run[rng.integers(len(run), size=len(run))]) for run in chosen])
-    low, high = np.quantile(drawn - drawn.mean(), [(1 - level) / 2, (1 + level) / 2]) + point
-    return Interval(point, float(low), float(high), sum(len(run) for run in runs))
+        chosen = rng.integers(len(runs), size=len(runs))
+        drawn[i] = np.mean([runs[k](rng.integers(num_tasks, size=num_tasks)) for k in chosen])
+    low, high = np.nanquantile(drawn - np.nanmean(drawn), [(1 - level) / 2, (1 + level) / 2]) + point
+    return Interval(point, float(low), float(high), len(runs) * num_tasks)

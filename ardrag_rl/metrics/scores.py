@@ -83,15 +83,32 @@ class Scorer:
         )
 
 
+@dataclass(frozen=True)
 class Distance:
-    """The Frechet distance of videos to a reference, a statistic of their features (n, k, D).
+    """The Frechet distance of videos to the true ones of the same tasks, a statistic of task indices.
 
-    Args:
-        reference: features of the true videos, (n, k, D).
+    Attributes:
+        true, made: features (n, k, D).
     """
 
-    def __init__(self, reference: np.ndarray) -> None:
-        self._reference = Gaussian.of(reference.reshape(-1, reference.shape[-1]))
+    true: np.ndarray
+    made: np.ndarray
 
-    def __call__(self, features: np.ndarray) -> float:
-        return frechet_distance(self._reference, Gaussian.of(features.reshape(-1, features.shape[-1])))
+    def __call__(self, tasks: np.ndarray) -> float:
+        a, b = (Gaussian.of(x[tasks].reshape(-1, x.shape[-1])) for x in (self.true, self.made))
+        return frechet_distance(a, b)
+
+
+@dataclass(frozen=True)
+class Mean:
+    """The mean of a score over the tasks that have one.
+
+    Attributes:
+        values: (n,), NaN where there is none.
+    """
+
+    values: np.ndarray
+
+    def __call__(self, tasks: np.ndarray) -> float:
+        some = self.values[tasks]
+        return float(some[np.isfinite(some)].mean()) if np.isfinite(some).any() else float("nan")
