@@ -94,6 +94,7 @@ class DistillArguments:
     adversarial: float = field(default=0.1, metadata={"help": "Weight of the student's adversarial loss."})
     discriminator: float = field(default=0.05, metadata={"help": "Weight of the discriminator's loss."})
     guidance: float = field(default=1.0, metadata={"help": "Of the teacher in DMD; 1 is none."})
+    negative_prompt: str = field(default="", metadata={"help": "What guidance leads away from."})
     shift: float = field(default=1.0, metadata={"help": "Of the noise levels in DMD."})
 
 
@@ -102,6 +103,8 @@ class Run:
 
     def __init__(self, args: DistillArguments, training: TrainingArguments) -> None:
         self.args, self.training, self.folder = args, training, Path(training.output_dir)
+        self.checkpointing = training.gradient_checkpointing  # diffusers' own; Trainer knows transformers' only
+        training.gradient_checkpointing = False
         self.init = hub.pipeline_path(args.init)
         texts = args.sizes or ["{1}x{0}".format(*hub.pipeline_size(self.init))] * len(args.tasks)
         if len(texts) != len(args.tasks):
@@ -132,16 +135,19 @@ class Run:
         """Self-Rollout with DMD and an adversarial loss."""
         args = self.args
         teacher = VideoPolicy.from_pretrained(self.folder / args.teacher, self.training.device)
-        student = VideoPolicy.from_pretrained(self.folder / args.start)
-        if args.lora_rank:
-            add_lora(student, args.lora_rank, args.lora_rank)
+        student = self._trainable(VideoPolicy.from_pretrained(self.folder / args.start), args.lora_rank)
+        critic = self._trainable(VideoPolicy.from_pretrained(self.folder / args.teacher))
+        negative = (
+            Codec.from_pretrained(self.init).encode_text([args.negative_prompt]) if args.negative_prompt else None
+        )
         names = DistillSettings.__dataclass_fields__.keys() & vars(args).keys()
         torch.manual_seed(self.training.seed)
         model = Distillation(
             student,
             teacher,
-            Critic(VideoPolicy.from_pretrained(self.folder / args.teacher)),
+            Critic(critic),
             DistillSettings(**{name: getattr(args, name) for name in names}),
+            negative,
         )
         model.average = averaged(student.transformer, args.ema)
         optimizer = torch.optim.AdamW(
@@ -165,14 +171,19 @@ class Run:
         self._save(args.student, student, model.average.module)
 
     def _flow_matching(self, name: str, loss: FlowMatching, updates: int, batch: int, rate: float) -> None:
-        policy = loss.policy
-        if self.args.lora_rank:
-            add_lora(policy, self.args.lora_rank, self.args.lora_rank)
+        policy = self._trainable(loss.policy, self.args.lora_rank)
         loss.average = averaged(policy.transformer, self.args.ema)
         optimizer = muon((p for p in policy.parameters() if p.requires_grad), rate) if self.args.muon else None
         own = settings(self.training, self.folder / "checkpoints" / name, updates, batch, rate)
         fit(loss, self._data(), own, optimizer, (loss.average, policy.transformer))
         self._save(name, policy, loss.average.module)
+
+    def _trainable(self, policy: VideoPolicy, rank: int = 0) -> VideoPolicy:
+        if rank:
+            add_lora(policy, rank, rank)
+        if self.checkpointing:
+            policy.transformer.enable_gradient_checkpointing()
+        return policy
 
     def _data(self) -> Dataset:
         args = self.args

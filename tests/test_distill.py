@@ -62,6 +62,15 @@ def test_encoded_clips_are_kept_and_equal_the_codecs(clips, tiny_pipeline):
     torch.testing.assert_close(item["latents"], codec.encode(source.video(5)[None])[0], atol=0.05, rtol=0.05)
 
 
+def test_clips_of_other_settings_are_refused(clips, tiny_pipeline, tmp_path):
+    codec, source = Codec.from_pretrained(tiny_pipeline), Sprites("gentle", "train", 4, 32, 32)
+    LatentClips(tmp_path, codec, source, 2)
+    with pytest.raises(ValueError, match=r"holds latents of shape \(2, 4, 4, 8, 8\), and \(3, 4, 4, 8, 8\) are asked"):
+        LatentClips(tmp_path, codec, source, 3)
+    with pytest.raises(ValueError, match="encoded with other settings"):
+        LatentClips(tmp_path, codec, Sprites("gentle", "train", 3, 32, 32), 2)
+
+
 def objective(kind, pipeline):
     policy = VideoPolicy.from_pretrained(pipeline)
     if kind == "teacher":

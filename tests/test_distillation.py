@@ -144,6 +144,21 @@ def test_the_students_gradient_is_from_the_critics_prediction_to_the_teachers(mo
     torch.testing.assert_close(x0.grad, (-3 / scale / x0.numel()).expand_as(x0).detach(), rtol=1e-4, atol=1e-9)
 
 
+def test_guidance_leads_away_from_the_negative_prompt(batch, given, monkeypatch):
+    negative = torch.randn(8, 16, generator=generator(3))
+    model = Distillation(small(), bidirectional(1), Critic(bidirectional(2)), DistillSettings(guidance=3.0), negative)
+    seen = []
+
+    def spy(policy, x, t, given, untold, scale):
+        seen.append((untold, scale))
+        return x
+
+    monkeypatch.setattr("ardrag_rl.distill.distillation.guided", spy)
+    model.student_losses(given.noise.clone().requires_grad_(), given)
+    ((untold, scale),) = seen
+    assert scale == 3.0 and torch.equal(untold, negative.expand(BATCH, -1, -1))
+
+
 def says(value):
     """A transformer whose x0_hat is a constant."""
 
@@ -334,7 +349,8 @@ def distil(pipeline, folder, *more, launch=()):
 
 @pytest.mark.slow
 def test_the_script_makes_three_pipelines_and_does_nothing_twice(tiny_pipeline, tmp_path):
-    first = distil(tiny_pipeline, tmp_path, "--lora_rank", "2", "--chunk_size", "2", "--window", "4")
+    changed = ("--lora_rank", "2", "--chunk_size", "2", "--window", "4", "--gradient_checkpointing", "true")
+    first = distil(tiny_pipeline, tmp_path, *changed)
     assert first.returncode == 0, first.stderr
     configs = {s: json.loads((tmp_path / s / "transformer" / "config.json").read_text()) for s in ("teacher", "start")}
     assert configs["teacher"]["chunk_size"] == 3 and configs["start"]["chunk_size"] == 2

@@ -59,12 +59,19 @@ class Distillation(nn.Module):
         teacher: bidirectional; the real score. It is frozen, and no part of the module's state.
         critic: the fake score; start it as the teacher.
         settings: see there.
+        negative: (L, D), the prompt that guidance leads away from; None is no prompt, zeros, as in training.
     """
 
     def __init__(
-        self, student: VideoPolicy, teacher: VideoPolicy, critic: Critic, settings: DistillSettings | None = None
+        self,
+        student: VideoPolicy,
+        teacher: VideoPolicy,
+        critic: Critic,
+        settings: DistillSettings | None = None,
+        negative: Tensor | None = None,
     ) -> None:
         super().__init__()
+        self._negative = negative
         self.policy, self.critic, self.settings = student, critic, settings or DistillSettings()
         self._teacher = (teacher.eval().requires_grad_(False),)  # in a tuple: not a submodule
 
@@ -113,7 +120,10 @@ class Distillation(nn.Module):
         with torch.no_grad():
             x = interpolate(x0, eps, t[:, None, None, None, None])
             fake = self.critic(x, t, given).x0_hat
-            real = guided(self.teacher, x, t, given, torch.zeros_like(given.text), self.settings.guidance)
+            negative = torch.zeros_like(given.text)
+            if self._negative is not None:
+                negative = negative + self._negative.to(negative)
+            real = guided(self.teacher, x, t, given, negative, self.settings.guidance)
         value, gradient = adversarial_gradient(self.critic, x0, eps, t, given)
         towards = (x0 * gradient).sum()
         return {

@@ -49,12 +49,24 @@ class LatentClips(Dataset[dict[str, Tensor]]):
         codec: encodes frames, heat maps and prompts.
         source: the clips.
         num_clips: how many of them.
+
+    Raises:
+        ValueError: the folder holds clips of another number, length or size.
     """
 
     def __init__(self, folder: Path, codec: Codec, source: ClipSource, num_clips: int, batch: int = 32) -> None:
+        frames, shape = codec.latent_frames(source.num_frames), codec.latent_shape(source.height, source.width)
+        video = (num_clips, frames, *shape)
+        shapes = dict(zip(_KEYS, (video, video, (num_clips, *codec.text_shape)), strict=True))
         if not (folder / "done").is_file():
-            _encode(folder, codec, source, num_clips, batch)
+            _encode(folder, codec, source, shapes, batch)
         self.shard = LatentShard(*(np.load(folder / f"{k}.npy", mmap_mode="r") for k in _KEYS))
+        for name, wanted in shapes.items():
+            if (found := getattr(self.shard, name).shape) != wanted:
+                raise ValueError(
+                    f"{str(folder)!r} holds {name} of shape {found}, and {wanted} are asked for: it was encoded with "
+                    "other settings. Delete it, or give another folder."
+                )
 
     def __len__(self) -> int:
         return len(self.shard.latents)
@@ -66,13 +78,10 @@ class LatentClips(Dataset[dict[str, Tensor]]):
 _KEYS = ("latents", "trajectory", "text")
 
 
-def _encode(folder: Path, codec: Codec, source: ClipSource, num_clips: int, batch: int) -> None:
+def _encode(folder: Path, codec: Codec, source: ClipSource, shapes: dict[str, tuple[int, ...]], batch: int) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    frames, shape = codec.latent_frames(source.num_frames), codec.latent_shape(source.height, source.width)
-    shapes = ((num_clips, frames, *shape), (num_clips, frames, *shape), (num_clips, *codec.text_shape))
-    arrays = [
-        np.lib.format.open_memmap(folder / f"{k}.npy", "w+", np.float16, s) for k, s in zip(_KEYS, shapes, strict=True)
-    ]
+    arrays = [np.lib.format.open_memmap(folder / f"{k}.npy", "w+", np.float16, s) for k, s in shapes.items()]
+    num_clips = shapes["latents"][0]
     for start in tqdm(range(0, num_clips, batch), desc="encoding clips", mininterval=5):
         rows = range(start, min(start + batch, num_clips))
         controls = [source[i].control for i in rows]
