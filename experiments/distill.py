@@ -97,6 +97,11 @@ class DistillArguments:
     negative_prompt: str = field(default="", metadata={"help": "What guidance leads away from."})
     shift: float = field(default=1.0, metadata={"help": "Of the noise levels in DMD."})
 
+    def __post_init__(self) -> None:
+        for name in ("tasks", "sizes", "stages"):  # a YAML file may give one as it is
+            if isinstance(getattr(self, name), str):
+                setattr(self, name, [getattr(self, name)])
+
 
 class Run:
     """The stages of one `output_dir`."""
