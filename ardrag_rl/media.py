@@ -113,7 +113,7 @@ def read_frames(path: str | Path, start: int = 0, count: int | None = None, stri
         container.streams.video[0].thread_type = "AUTO"
         for frame in container.decode(video=0):
             if seen >= start and (seen - start) % stride == 0:
-                frames.append(torch.from_numpy(frame.to_ndarray(format="rgb24")).permute(2, 0, 1))
+                frames.append(_pixels(frame))
             seen += 1
             if len(frames) == count:
                 break
@@ -128,8 +128,8 @@ def read_frames(path: str | Path, start: int = 0, count: int | None = None, stri
 def frames_at(path: str | Path, fps: float) -> Iterator[Tensor]:
     """The frames of a video shown at 0, 1/fps, 2/fps, ... seconds, (3, H, W) uint8, as they are decoded.
 
-    Times are the frames' own, so that a variable frame rate is played as it was recorded; a moment without a frame of
-    its own is left out.
+    Times are the frames' own, so that a variable frame rate is played as it was recorded: a frame is shown until the
+    next one's time.
 
     Raises:
         MediaError: the file cannot be read, or breaks off before its first frame.
@@ -139,16 +139,19 @@ def frames_at(path: str | Path, fps: float) -> Iterator[Tensor]:
     with _opened(path) as container:
         stream = container.streams.video[0]
         stream.thread_type = "AUTO"
-        first, due = None, 0  # due: the next moment
+        shown, first, moment, due = None, 0.0, 0.0, 0  # the frame on the screen; times in moments of 1/fps
         for count, frame in enumerate(container.decode(video=0)):
             at = frame.time if frame.time is not None else count / float(stream.average_rate or fps)
-            first = at if first is None else first
-            if (at - first) * fps < due - 0.01:  # times are rounded to the file's clock
-                continue
-            yield torch.from_numpy(frame.to_ndarray(format="rgb24")).permute(2, 0, 1)
-            due = int((at - first) * fps + 0.01) + 1
-        if first is None:
+            first = at if shown is None else first
+            moment = (at - first) * fps + 0.01  # times are rounded to the file's clock
+            while shown is not None and due + 0.02 < moment:
+                yield _pixels(shown)
+                due += 1
+            shown = frame
+        if shown is None:
             raise MediaError(f"{str(path)!r} has no frame that can be decoded.")
+        if due <= moment:
+            yield _pixels(shown)
 
 
 def whole_rate(path: str | Path, fps: float) -> float:
@@ -231,6 +234,11 @@ def to_uint8(video: Tensor) -> Tensor:
         raise ValueError(f"the video has shape {tuple(video.shape)}: expected (T, 3, H, W), T >= 1.")
     video = video.detach().cpu()
     return video if video.dtype == torch.uint8 else (video.float().clamp(0, 1) * 255).round().byte()
+
+
+def _pixels(frame: Any) -> Tensor:
+    """(3, H, W) uint8."""
+    return torch.from_numpy(frame.to_ndarray(format="rgb24")).permute(2, 0, 1)
 
 
 def _exists(path: str | Path) -> None:

@@ -12,7 +12,7 @@ key points are tracked, and clips that a drag path cannot control are rejected w
 - clips/, and tracks.parquet, which `datasets.load_dataset("parquet", data_files=...)` reads;
 - index.html, a contact sheet with the tracks drawn. Strike out what should not be in the dataset, save what it says as
   rejected.txt (a name per line) in the same folder, and call the script again: it reads no video twice;
-- negative_prompt.txt, for the teacher's guidance.
+- negative_prompt.txt, which `distill.py --negative_prompt` takes the text of.
 
 A prompt is the text of clip.txt beside clip.mp4, or else the file's name.
 """
@@ -30,6 +30,7 @@ from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 import torch
@@ -151,12 +152,12 @@ def curate(files: list[Path], work: Any, workers: int) -> Iterator[tuple[Path, l
 def curate_file(file: Path, curator: Curator, folder: Path, raw: Path) -> list[dict[str, Any]]:
     """The records of a raw video's clips, whose files are written; of what cannot be used, the reason."""
     torch.set_num_threads(1)
-    prefix = "-".join(file.relative_to(raw).parent.parts)
+    mark = key(file, raw, repr(curator))[:6]  # files of one name, or curated otherwise, stay apart
     records = []
     try:
         rate = whole_rate(file, curator.fps)
         for clip in curator.clips(file):
-            records.append(write_clip(clip, f"{prefix}-{clip.name}" if prefix else clip.name, rate, folder))
+            records.append(write_clip(clip, f"{clip.name}-{mark}", rate, folder))
     except Exception as error:  # whatever a broken file does to a decoder: it is reported, and the others go on
         records.append(unusable(file, f"unreadable: {error}"))
     return records
@@ -198,6 +199,8 @@ def write_dataset(folder: Path, clips: list[dict[str, Any]], args: CurateArgumen
             f"{file} names {unknown[0]!r}, which is no clip of this dataset; see index.html for the names."
         )
     kept = [clip for clip in clips if not clip["reason"] and clip["name"] not in struck]
+    for old in folder.glob("manifest*.jsonl"):
+        old.unlink()
     write_manifest(folder / "manifest.jsonl", kept)
     for height, width in {tuple(c["size"]) for c in kept} if len(args.sizes) > 1 else ():
         write_manifest(folder / f"manifest-{width}x{height}.jsonl", [c for c in kept if c["size"] == [height, width]])
@@ -256,7 +259,7 @@ def contact_sheet(clips: list[dict[str, Any]], struck: set[str], filters: dict[s
         numbers = html.escape(", ".join(f"{k} {v:.3g}" for k, v in clip["numbers"].items()))
         checked = " checked" if clip["name"] in struck else ""
         box = "" if why else f'<label><input type="checkbox" name="strike" value="{name}"{checked}> strike out</label> '
-        image = f'<img loading="lazy" src="sheet/{name}.jpg" alt="{name}">' if clip["frames"] else ""
+        image = f'<img loading="lazy" src="sheet/{quote(clip["name"])}.jpg" alt="{name}">' if clip["frames"] else ""
         rows.append(
             f'<section class="{"rejected" if why else "kept"}">{box}<b>{name}</b> {html.escape(clip["prompt"])} '
             f'<span class="why">{why}</span> <span class="numbers">{numbers}</span>{image}</section>'

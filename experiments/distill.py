@@ -1,7 +1,7 @@
 """AR-Drag's first training step: a bidirectional teacher, and a causal few-step student distilled from it.
 
     python experiments/distill.py --config experiments/configs/distill-tiny.yaml       the embedded size
-    accelerate launch experiments/distill.py --config experiments/configs/distill-wan.yaml
+    accelerate launch experiments/distill.py --config experiments/configs/distill-wan2.1-1.3b.yaml
 
 Stages, each a pipeline in a folder of `output_dir` and each resumable from any interruption:
 - `teacher`: flow matching with drag paths (Eq. 6-7), all frames of a video at once, from the weights of `--init`.
@@ -42,6 +42,15 @@ from ardrag_rl.policies import VideoPolicy
 from ardrag_rl.training.lora import add_lora, merged
 
 STAGES = ("teacher", "start", "student")
+COMMON = ("init", "tasks", "sizes", "clips", "num_frames", "ema", "lora_rank")
+OF_STAGE = {  # what the settings that a stage depends on begin with
+    "teacher": (*COMMON, "teacher_", "muon", "text_dropout", "control_dropout"),
+    "start": (*COMMON, "start_", "teacher", "muon", "text_dropout", "chunk_size", "window"),
+    "student": (
+        *(*COMMON, "student_", "critic_", "teacher", "start", "rollout", "step_per_frame"),
+        *("dmd", "adversarial", "discriminator", "guidance", "shift", "negative_prompt"),
+    ),
+}
 
 
 @dataclass
@@ -109,7 +118,11 @@ class Run:
     def __init__(self, args: DistillArguments, training: TrainingArguments) -> None:
         self.args, self.training, self.folder = args, training, Path(training.output_dir)
         self.checkpointing = training.gradient_checkpointing  # diffusers' own; Trainer knows transformers' only
-        training.gradient_checkpointing = False
+        training.gradient_checkpointing = training.activation_checkpointing = False
+        if training.n_gpu > 1:
+            raise SystemExit(f"{training.n_gpu} GPUs and one process: start it with accelerate launch.")
+        if hub.read_json(self.init / "transformer" / "config.json").get("image_dim"):
+            raise SystemExit(f"--init {args.init}: it takes image tokens, which distillation does not make.")
         self.init = hub.pipeline_path(args.init)
         texts = args.sizes or ["{1}x{0}".format(*hub.pipeline_size(self.init))] * len(args.tasks)
         if len(texts) != len(args.tasks):
@@ -117,6 +130,23 @@ class Run:
         self.sizes = [parse_size(text) for text in texts]
         if args.compile:
             compile_blocks()
+
+    def agree(self, stage: str) -> None:
+        """Writes a stage's settings down; what was begun with others is not gone on with."""
+        file = self.folder / "settings" / f"{getattr(self.args, stage)}.json"
+        own = {k: v for k, v in vars(self.args).items() if k.startswith(OF_STAGE[stage]) and not k.endswith("_updates")}
+        own["seed"] = self.training.seed
+        if file.is_file():
+            before = hub.read_json(file)
+            for name in own:
+                if own[name] != before.get(name):
+                    raise SystemExit(
+                        f"--{name} {own[name]}: {file.stem} in {self.folder} was begun with {before.get(name)}. Give "
+                        f"another --{stage} or --output_dir, or delete it."
+                    )
+        elif self.training.should_save:
+            hub.write_json(file, own)
+        PartialState().wait_for_everyone()
 
     def teacher(self) -> None:
         """Bidirectional flow matching."""
@@ -146,7 +176,6 @@ class Run:
             Codec.from_pretrained(self.init).encode_text([args.negative_prompt]) if args.negative_prompt else None
         )
         names = DistillSettings.__dataclass_fields__.keys() & vars(args).keys()
-        torch.manual_seed(self.training.seed)
         model = Distillation(
             student,
             teacher,
@@ -186,6 +215,7 @@ class Run:
     def _trainable(self, policy: VideoPolicy, rank: int = 0) -> VideoPolicy:
         if rank:
             add_lora(policy, rank, rank)
+            policy.transformer.patch_embedding.requires_grad_(True)  # where the drag path comes in
         if self.checkpointing:
             policy.transformer.enable_gradient_checkpointing()
         return policy
@@ -218,9 +248,11 @@ def main() -> None:
     run = Run(args, training)
     for stage in args.stages:
         folder = run.folder / getattr(args, stage)
+        run.agree(stage)
         if (folder / "model_index.json").is_file():
             PartialState().print(f"{stage}: {folder} is there and is left as it is.")
             continue
+        torch.manual_seed(training.seed)
         getattr(run, stage)()
         PartialState().print(f"{stage}: wrote {folder}.")
     PartialState().destroy_process_group()  # one that is not taken down can abort at exit

@@ -19,7 +19,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -47,6 +47,7 @@ from ardrag_rl.metrics import (
     measure_latency,
 )
 from ardrag_rl.policies import VideoPolicy
+from ardrag_rl.rewards import Aesthetic, CoTracker, Motion
 from ardrag_rl.rollout import Plan
 from ardrag_rl.training.report import Interval
 
@@ -80,6 +81,10 @@ class EvaluateArguments:
     seed: int = field(default=0, metadata={"help": "Of all noise."})
     inception: str | None = field(default=None, metadata={"help": "InceptionV3's weights, for FID."})
     i3d: str | None = field(default=None, metadata={"help": "I3D's torchscript, for FVD."})
+    tower: str | None = field(default=None, metadata={"help": "Of the aesthetic score, as ViT-L-14-quickgelu."})
+    tower_weights: str | None = field(default=None, metadata={"help": "The tower's file."})
+    head: str | None = field(default=None, metadata={"help": "LAION's head."})
+    cotracker: str | None = field(default=None, metadata={"help": "CoTracker3's weights, for motion."})
     resamples: int = field(default=200, metadata={"help": "Of the bootstrap."})
     latency_repeats: int = field(default=5, metadata={"help": "Of the latency; 0: not measured."})
     shown: int = field(default=5, metadata={"help": "Tasks shown in videos.gif."})
@@ -110,30 +115,41 @@ class Evaluator:
         if not hasattr(self.source, "video"):
             raise SystemExit(f"--tasks {args.tasks}: there are no true videos of these tasks to compare with.")
         self.count = min(args.size, len(self.source))
-        self.scorer = Scorer(load_features("frame", args.inception), load_features("clip", args.i3d))
+        networks = load_features("frame", args.inception, args.device), load_features("clip", args.i3d, args.device)
+        aesthetic = Aesthetic(args.tower, args.tower_weights, args.head, args.device) if args.tower else None
+        motion = Motion(CoTracker(args.cotracker, args.device)) if args.cotracker else None
+        self.scorer = Scorer(*networks, aesthetic, motion)
+        self.scorers = {
+            "fid": self.scorer.frame.name,
+            "fvd": self.scorer.clip.name,
+            "aesthetic": f"{self.scorer.aesthetic.tower} {self.scorer.aesthetic.head or ''}".strip(),
+            "motion": repr(self.scorer.motion.tracker),
+        }
         self.reference = self._measure("reference", self._true_videos())
 
     def __call__(self, source: str) -> Result:
         """Measured, or what was measured before."""
         if source == DATA:
-            return self._measure(source, self._reconstructions(), {"codec": self.args.codec})
+            return self._measure(source, self._reconstructions(), stamp(hub.pipeline_path(self.args.codec)))
         folder = Path(source)
         if folder.is_dir() and not (folder / "model_index.json").is_file():
-            return self._measure(source, self._files(folder), {"files": sorted(p.name for p in folder.iterdir())})
-        weights = hub.pipeline_path(source) / "transformer"
-        stamp = [hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(weights.iterdir()) if p.is_file()]
-        return self._measure(source, None, {"weights": stamp, "kernel": self.args.kernel, "seed": self.args.seed})
+            return self._measure(source, self._files(folder), stamp(folder))
+        key = [stamp(hub.pipeline_path(source)), self.args.kernel, self.args.seed, self.args.latency_repeats]
+        return self._measure(source, None, key)
 
-    def _measure(self, source: str, videos: Iterator[tuple[Tensor, list[Control] | None]] | None, extra=None) -> Result:
+    def _measure(
+        self, source: str, videos: Iterator[tuple[Tensor, list[Control]]] | None, own: object = None
+    ) -> Result:
         key = {
             "source": source,
-            "tasks": self.args.tasks,
+            "tasks": [self.args.tasks, stamp(Path(self.args.tasks.rpartition(":")[0] or self.args.tasks))],
             "count": self.count,
             "frames": self.num_pixel_frames,
             "size": self.size,
-            "networks": [self.scorer.frame.name, self.scorer.clip.name],
-            "latency": self.args.latency_repeats,
-            **(extra or {}),
+            "scorers": self.scorers,
+            "shown": self.args.shown,
+            "written": self.args.write_videos,
+            "own": own,
         }
         name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
         file = self.folder / "measured" / f"{name}.npz"
@@ -221,6 +237,12 @@ class Evaluator:
         write_gif(path, np.stack([picture(t) for t in range(self.num_pixel_frames)]), 8)
 
 
+def stamp(path: Path) -> list[tuple[str, int, int]]:
+    """Name, size and time of the files of a folder, or of one file: what was measured of others does not count."""
+    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path] * path.is_file()
+    return [(str(p.relative_to(path.parent)), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
+
+
 def summarise(runs: list[Result], reference: Scores, resamples: int) -> dict[str, Interval]:
     """Column -> interval; a column without values is left out."""
     columns = {
@@ -229,6 +251,9 @@ def summarise(runs: list[Result], reference: Scores, resamples: int) -> dict[str
         **{name: [Mean(getattr(r.scores, name)) for r in runs] for name in list(COLUMNS)[2:]},
     }
     intervals = {k: bootstrap_interval(v, len(reference), resamples=resamples) for k, v in columns.items()}
+    for name in list(COLUMNS)[2:]:  # of the tasks that have a score
+        count = int(sum(np.isfinite(getattr(r.scores, name)).sum() for r in runs))
+        intervals[name] = replace(intervals[name], n=count)
     return {name: interval for name, interval in intervals.items() if np.isfinite(interval.mean)}
 
 
@@ -270,12 +295,13 @@ def main() -> None:
         evaluator.folder / "results.json",
         {
             "settings": vars(args),
-            "networks": [evaluator.scorer.frame.name, evaluator.scorer.clip.name],
+            "scorers": evaluator.scorers,
             "rows": {name: {k: asdict(v) for k, v in row.items()} for name, row in rows.items()},
             "latency": {name: [asdict(x) for x in some] for name, some in latencies.items()},
         },
     )
-    evaluator.draw(evaluator.folder / "videos.gif", methods)
+    if args.shown:
+        evaluator.draw(evaluator.folder / "videos.gif", methods)
     print(f"\n{text}\n\n{evaluator.folder}/: table.md, results.json, videos.gif, measured/")
 
 

@@ -24,14 +24,13 @@ import sys
 import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from tqdm import tqdm
-from transformers.trainer_utils import get_last_checkpoint
 from trl import TrlParser
 
 from ardrag_rl.policies import VideoPolicy
 from ardrag_rl.rollout import Plan
+from ardrag_rl.training.checkpoints import last_checkpoint
 from ardrag_rl.training.config import GRPOConfig, reward_weights
 from ardrag_rl.training.evaluate import Evaluation, evaluate
 from ardrag_rl.training.report import format_table, write_report
@@ -135,7 +134,7 @@ def prepare(folder: Path, script: ScriptArguments) -> str | None:
     folder.mkdir(parents=True, exist_ok=True)
     if not script.resume:
         return None
-    checkpoint: Any = get_last_checkpoint(str(folder))
+    checkpoint = last_checkpoint(folder)
     if checkpoint is None:
         raise SystemExit(f"{folder} holds no checkpoint to resume from; start it anew with --overwrite.")
     return str(checkpoint)

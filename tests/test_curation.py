@@ -1,6 +1,7 @@
 """Curation: cuts, filters and reasons on synthetic videos, and the script's dataset."""
 
 import json
+import re
 import subprocess
 import sys
 from fractions import Fraction
@@ -11,14 +12,16 @@ import numpy as np
 import pytest
 import torch
 
-from ardrag_rl.distill.curation import Curator
+from ardrag_rl.distill.curation import Curator, _movement
 from ardrag_rl.distill.flow_matching import LatentClips
+from ardrag_rl.envs.points import PointTracks, follow
 from ardrag_rl.envs.tasks import make_tasks
 from ardrag_rl.media import MediaError, frames_at, whole_rate, write_video
 from ardrag_rl.rewards import TemplateTracker
 
 SCRIPT = Path(__file__).parent.parent / "experiments" / "curate.py"
 FRAMES = 8
+NAME = re.compile(r"-[0-9a-f]{6}(?=\.mp4)")  # what tells files of one name apart
 
 
 def scene(seed, frames=24, step=(2.0, 1.0), size=(96, 128), shake=0.0):
@@ -73,6 +76,36 @@ def test_what_cannot_be_controlled_is_rejected_with_the_reason(curator, tmp_path
     assert clip.reason == reason
 
 
+def test_a_point_that_leaves_is_kept_for_as_long_as_it_is_seen():
+    """Its error counts while it is followed, not where the tracker finds nothing any more."""
+    xy = np.stack([np.full((16, 1), 50.0), 10 + 5.0 * np.arange(16)[:, None]], -1).astype(np.float32)  # (T, 1, 2)
+    followed = (np.arange(16) < 14)[:, None]
+    error = np.where(followed[1:], 0.02, 30.0).astype(np.float32)
+    movement = _movement(PointTracks(xy, followed, error, (100, 100)), 0)
+    assert movement["error"] == pytest.approx(0.0002) and movement["motion"] == pytest.approx(13 * 0.05)
+    assert movement["jerk"] == pytest.approx(0, abs=1e-6)
+
+
+def test_a_further_point_that_jumps_is_dropped(curator, tmp_path, monkeypatch):
+    real = follow
+
+    def shaken(frames, points):
+        tracks = real(frames, points)
+        left = tracks.xy[0, :, 0] < 48
+        tracks.xy[1::2, left] += 6.0
+        return tracks
+
+    monkeypatch.setattr("ardrag_rl.distill.curation.follow", shaken)
+    monkeypatch.setattr("ardrag_rl.distill.curation.choose", lambda tracks, most: best(tracks))
+
+    def best(tracks):
+        left = tracks.xy[0, :, 0] < 48
+        return np.array([np.flatnonzero(left)[0], np.flatnonzero(~left)[0]])
+
+    (clip,) = clips_of(curator, tmp_path / "pan.mp4", scene(0, FRAMES))
+    assert clip.reason == "" and clip.points.shape[1] == 1 and clip.points[0, 0, 0] > 0.4
+
+
 def test_clips_end_at_cuts(curator, tmp_path):
     video = torch.cat([scene(0, 10), 1 - scene(1, 4), scene(2, 9)])
     clips = clips_of(curator, tmp_path / "cuts.mp4", video)
@@ -119,6 +152,9 @@ def test_a_variable_frame_rate_is_sampled_in_time(tmp_path):
     write_at(tmp_path / "vfr.mp4", grey, times)
     seen = [round(float(f.float().mean()) / 255 * 12) for f in frames_at(tmp_path / "vfr.mp4", 10)]
     assert seen == [0, 3, 5, 6, 9, 11]
+    write_at(tmp_path / "gap.mp4", grey[:7], [0, 100, 200, 300, 1300, 1400, 1500])
+    seen = [round(float(f.float().mean()) / 255 * 12) for f in frames_at(tmp_path / "gap.mp4", 10)]
+    assert seen == [0, 1, 2, *[3] * 10, 4, 5, 6]
 
 
 def test_every_kth_frame_of_a_steady_video(tmp_path):
@@ -166,8 +202,8 @@ def test_a_folder_becomes_a_dataset(tmp_path, tiny_pipeline):
     assert "4 of 7 clips of 5 videos are kept" in first.stdout
     assert "1 rejected, near static" in first.stdout and "2 rejected, unreadable" in first.stdout
     lines = [json.loads(line) for line in (out / "manifest.jsonl").read_text().splitlines()]
-    assert [x["clip"] for x in lines] == [
-        f"clips/{n}.mp4" for n in ("more-pan-00000", "pan-00000", "pan-00008", "pan-00016")
+    assert [NAME.sub("", x["clip"]) for x in lines] == [
+        f"clips/{n}.mp4" for n in ("pan-00000", "pan-00000", "pan-00008", "pan-00016")
     ]
     assert lines[1]["prompt"] == "a <b>picture</b> moves"
     table = load_dataset(
@@ -186,7 +222,8 @@ def test_a_folder_becomes_a_dataset(tmp_path, tiny_pipeline):
     assert data[3]["latents"].shape == (FRAMES, 4, 8, 8) and data[3]["trajectory"].abs().sum() > 0
 
     # struck out by hand; no video is read again, even if it is gone
-    (out / "rejected.txt").write_text("pan-00008\n")
+    name = Path(lines[2]["clip"]).stem
+    (out / "rejected.txt").write_text(f"{name}\n")
     records = {p: p.stat().st_mtime_ns for p in (out / "records").iterdir()}
     again = curate(raw, out)
     assert "3 of 7 clips" in again.stdout and {p: p.stat().st_mtime_ns for p in records} == records

@@ -20,6 +20,7 @@ from ardrag_rl.distill.flow_matching import bounded_weight
 from ardrag_rl.flow import Schedule, interpolate, predict_x0, shift_level
 from ardrag_rl.policies import VideoPolicy
 from ardrag_rl.policies.chunks import Conditions
+from ardrag_rl.training.checkpoints import last_checkpoint
 
 SCRIPT = Path(__file__).parent.parent / "experiments" / "distill.py"
 
@@ -76,7 +77,8 @@ def test_guidance_is_diffusers(given):
 def test_an_undecided_discriminator_has_no_gradient_for_anyone_but_its_last_layer(given):
     critic = Critic(bidirectional())
     x0, eps, t = given.noise, given.reference, torch.full((BATCH,), 0.5)
-    loss, gradient = adversarial_gradient(critic, x0, eps, t, given)
+    loss, gradient, x0_hat = adversarial_gradient(critic, x0, eps, t, given)
+    torch.testing.assert_close(x0_hat, critic(interpolate(x0, eps, 0.5), t, given).x0_hat)
     assert float(loss) == pytest.approx(torch.tensor(2.0).log()) and not gradient.any()
     said = critic(x0, t, given)
     assert said.logits.shape == (BATCH, FRAMES, 4) and not said.logits.any()  # 2x2 tokens a frame
@@ -87,8 +89,8 @@ def test_the_adversarial_gradient_raises_the_logits_and_leaves_the_critic_alone(
     critic = Critic(bidirectional())
     nn.init.normal_(critic.head[-1].weight, generator=generator())
     x0, eps, t = given.noise, given.reference, torch.full((BATCH,), 0.3)
-    before, gradient = adversarial_gradient(critic, x0, eps, t, given)
-    after, _ = adversarial_gradient(critic, x0 - 10 * gradient, eps, t, given)
+    before, gradient, _ = adversarial_gradient(critic, x0, eps, t, given)
+    after, *_ = adversarial_gradient(critic, x0 - 10 * gradient, eps, t, given)
     assert float(after) < float(before)
     assert not gradients(critic) and not x0.requires_grad
 
@@ -360,7 +362,9 @@ def test_the_script_makes_three_pipelines_and_does_nothing_twice(tiny_pipeline, 
     start, student = (VideoPolicy.from_pretrained(tmp_path / s).state_dict() for s in ("start", "student"))
     assert start.keys() == student.keys() and any(not torch.equal(start[k], student[k]) for k in start)
     weights = load_file(tmp_path / "student" / "transformer" / "diffusion_pytorch_model.safetensors")
-    again = distil(tiny_pipeline, tmp_path, "--lora_rank", "2")
+    other = distil(tiny_pipeline, tmp_path, *changed, "--rollout", "self_forcing")
+    assert other.returncode and "student in" in other.stderr and "was begun with self_rollout" in other.stderr
+    again = distil(tiny_pipeline, tmp_path, *changed)
     assert again.returncode == 0 and again.stdout.count("is left as it is") == 3
     kept = load_file(tmp_path / "student" / "transformer" / "diffusion_pytorch_model.safetensors")
     assert all(torch.equal(weights[k], kept[k]) for k in weights)
@@ -374,14 +378,20 @@ def test_two_processes_learn_together(tiny_pipeline, tmp_path):
     state = json.loads((tmp_path / "checkpoints" / "student" / "checkpoint-2" / "trainer_state.json").read_text())
     assert state["global_step"] == 2
     assert VideoPolicy.from_pretrained(tmp_path / "student").schedule.num_steps == 3
-    assert len(list((tmp_path / "checkpoints" / "student" / "checkpoint-2").glob("rng_state_*.pth"))) == 2
+    states = sorted((tmp_path / "checkpoints" / "student" / "checkpoint-2").glob("rng_state_*.pth"))
+    a, b = (torch.load(p, weights_only=False)["cpu"] for p in states)
+    assert not torch.equal(a, b)  # each draws its own noise
+
+
+def test_a_half_written_checkpoint_is_passed_over(tmp_path):
+    for step in (2, 10):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text("{}")
+    (tmp_path / "checkpoint-12").mkdir()
+    assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
+    assert last_checkpoint(tmp_path / "none") is None
 
 
 def test_unknown_stages_are_refused(tiny_pipeline, tmp_path):
     done = distil(tiny_pipeline, tmp_path, "--stages", "students")
     assert done.returncode and "choose from teacher, start, student" in done.stderr
-
-
-def test_interpolate_is_the_noise_of_the_scores(given):
-    x = interpolate(given.noise, given.reference, torch.full((BATCH, 1, 1, 1, 1), 0.25))
-    torch.testing.assert_close(x, 0.75 * given.noise + 0.25 * given.reference)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ardrag_rl.flow import predict_x0
+from ardrag_rl.flow import interpolate, predict_x0
 from ardrag_rl.policies import VideoPolicy
 from ardrag_rl.policies.chunks import Conditions
 
@@ -95,7 +95,7 @@ def discriminator_loss(real: Tensor, fake: Tensor) -> Tensor:
 
 def adversarial_gradient(
     critic: Critic, x0: Tensor, eps: Tensor, t: Tensor, given: Conditions
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """The non-saturating loss -log D of noised student videos, and its gradient for x0; the critic's is untouched.
 
     Args:
@@ -104,11 +104,12 @@ def adversarial_gradient(
         t: (B,), how far.
 
     Returns:
-        the loss, a scalar, and (B, F, C, h, w).
+        the loss, a scalar; its gradient, (B, F, C, h, w); and the critic's x0_hat of the same pass, (B, F, C, h, w).
     """
     with torch.enable_grad():
         x0 = x0.detach().float().requires_grad_()
         level = t[:, None, None, None, None]
-        loss = F.softplus(-critic((1 - level) * x0 + level * eps, t, given).logits).mean()
+        said = critic(interpolate(x0, eps, level), t, given)
+        loss = F.softplus(-said.logits).mean()
         (gradient,) = torch.autograd.grad(loss, x0)
-    return loss.detach(), gradient
+    return loss.detach(), gradient, said.x0_hat.detach()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +13,7 @@ from torch import Tensor
 from ardrag_rl.envs.clips import frame_size, prompt_of
 from ardrag_rl.envs.fit import Crop
 from ardrag_rl.envs.points import PointTracks, choose, control_points, corners, follow
-from ardrag_rl.media import MediaError, frames_at, whole_rate
+from ardrag_rl.media import frames_at, whole_rate
 from ardrag_rl.rewards.tracker import Tracker
 
 NEGATIVE_PROMPT = (
@@ -108,8 +108,6 @@ class Curator:
                 yield self._judge(path, start, torch.stack(shot), size)
                 shot, start, given = [], index + 1, True
         if not given:
-            if not shot:
-                raise MediaError(f"{str(path)!r} has no frames.")
             yield self._short(path, start, shot, "too short")
 
     def _bucket(self, size: tuple[int, int]) -> tuple[int, int]:
@@ -133,35 +131,42 @@ class Curator:
         clip = Clip(f"{path.stem}-{start:05d}", prompt_of(path), frames, nothing)
         numbers = {"brightness": float(large.float().mean() / 255)}
         if numbers["brightness"] < self.filters.brightness:
-            return _with(clip, nothing, "near black", numbers)
+            return replace(clip, reason="near black", numbers=numbers)
         found = corners(large[0])
         if not len(found):
-            return _with(clip, nothing, "no key point", numbers)
+            return replace(clip, reason="no key point", numbers=numbers)
         tracks = follow(large, found) if self.tracker is None else _track(self.tracker, large, found)
         numbers |= {"followed": float(tracks.followed.mean(0).max())}
         if numbers["followed"] < self.filters.followed:
-            return _with(clip, nothing, "points are lost", numbers)
-        chosen = choose(tracks, self.most_points)
-        points = control_points(tracks, chosen)
-        numbers |= _movement(tracks, chosen[:1])
-        if numbers["motion"] < self.filters.motion:
-            return _with(clip, points, "near static", numbers)
-        if numbers["jerk"] > self.filters.jerk:
-            return _with(clip, points, "jerky", numbers)
-        if numbers["error"] > self.filters.error:
-            return _with(clip, points, "forward and backward tracks differ", numbers)
-        return _with(clip, points, "", numbers)
+            return replace(clip, reason="points are lost", numbers=numbers)
+        judged = []  # the point that moves most first; a further one is dropped where it is no good
+        for point in choose(tracks, self.most_points):
+            movement = _movement(tracks, int(point))
+            judged.append((point, movement, self._fault(movement)))
+        good = [point for point, _, fault in judged if not fault]
+        points = control_points(tracks, np.array(good or [judged[0][0]]))
+        _, movement, fault = next((j for j in judged if not j[2]), judged[0])
+        return replace(clip, points=points, reason=fault, numbers=numbers | movement)
+
+    def _fault(self, movement: dict[str, float]) -> str:
+        """Why a point with these numbers is no control point."""
+        if movement["motion"] < self.filters.motion:
+            return "near static"
+        if movement["jerk"] > self.filters.jerk:
+            return "jerky"
+        return "forward and backward tracks differ" if movement["error"] > self.filters.error else ""
 
 
-def _movement(tracks: PointTracks, chosen: np.ndarray) -> dict[str, float]:
-    side = min(tracks.size)
-    xy = tracks.xy[:, chosen] / side
-    steps = np.diff(xy, axis=0)
-    error = tracks.error[:, chosen]
+def _movement(tracks: PointTracks, point: int) -> dict[str, float]:
+    """Of a point while it is followed, in shorter sides."""
+    side, seen = min(tracks.size), tracks.followed[:, point]
+    steps = np.diff(tracks.xy[seen, point] / side, axis=0)
+    error = tracks.error[seen[1:], point]
+    bends = np.linalg.norm(np.diff(steps, axis=0), axis=-1)
     return {
-        "motion": float(np.linalg.norm(steps, axis=-1).sum(0).max()),
-        "jerk": float(np.linalg.norm(np.diff(steps, axis=0), axis=-1).mean(0).max()),
-        "error": 0.0 if np.isnan(error).all() else float(np.nanmean(error, 0).max() / side),
+        "motion": float(np.linalg.norm(steps, axis=-1).sum()),
+        "jerk": float(bends.mean()) if len(bends) else 0.0,
+        "error": float(error.mean() / side) if np.isfinite(error).any() else 0.0,
     }
 
 
@@ -175,10 +180,6 @@ def _track(tracker: Tracker, frames: Tensor, points: np.ndarray) -> PointTracks:
     followed = np.logical_and.accumulate(tracks.visible[0].numpy(), 0)
     error = np.full((len(frames) - 1, len(points)), np.nan, np.float32)
     return PointTracks(xy.astype(np.float32), followed, error, (height, width))
-
-
-def _with(clip: Clip, points: Tensor, reason: str, numbers: dict[str, float]) -> Clip:
-    return Clip(clip.name, clip.prompt, clip.frames, points, reason, numbers)
 
 
 def _small(frame: Tensor) -> Tensor:

@@ -117,14 +117,13 @@ class Distillation(nn.Module):
     def student_losses(self, x0: Tensor, given: Conditions) -> dict[str, Tensor]:
         """DMD and the adversarial loss on the student's predictions x0 (B, F, C, h, w), with gradient."""
         t, eps = self._levels(x0), torch.randn_like(x0)
+        value, gradient, fake = adversarial_gradient(self.critic, x0, eps, t, given)
         with torch.no_grad():
             x = interpolate(x0, eps, t[:, None, None, None, None])
-            fake = self.critic(x, t, given).x0_hat
             negative = torch.zeros_like(given.text)
             if self._negative is not None:
                 negative = negative + self._negative.to(negative)
             real = guided(self.teacher, x, t, given, negative, self.settings.guidance)
-        value, gradient = adversarial_gradient(self.critic, x0, eps, t, given)
         towards = (x0 * gradient).sum()
         return {
             "dmd": self.settings.dmd * dmd_loss(x0, dmd_gradient(x0, real, fake)),

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import ConcatDataset, Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
 
 from ardrag_rl.distill.buckets import BucketSampler
 from ardrag_rl.policies import transformer
+from ardrag_rl.training.checkpoints import last_checkpoint
 
 
 def fit(
@@ -41,8 +41,7 @@ def fit(
     Returns:
         the Trainer, after its last update.
     """
-    folder = Path(str(args.output_dir))
-    last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    last = last_checkpoint(str(args.output_dir))
     callbacks: list[TrainerCallback] = [] if average is None else [_Averaging(*average)]
     trainer = (trainer_class or BucketTrainer)(
         model=model,
@@ -51,7 +50,9 @@ def fit(
         optimizers=(optimizer, None),
         callbacks=callbacks,  # type: ignore[arg-type]
     )
-    trainer.train(resume_from_checkpoint=last)
+    if args.process_index:  # the Trainer seeds all processes alike, and they would draw the same noise
+        torch.manual_seed(args.seed + args.process_index)
+    trainer.train(resume_from_checkpoint=None if last is None else str(last))
     model.eval()
     return trainer
 
@@ -116,6 +117,16 @@ def compile_blocks() -> None:
     transformer._run_block = run  # type: ignore[assignment]
 
 
+class _Epochs(TrainerCallback):
+    """Tells a sampler its epoch: accelerate's wrappers do not pass it on after a resume."""
+
+    def __init__(self, sampler: BucketSampler) -> None:
+        self._sampler = sampler
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._sampler.set_epoch(int(state.epoch or 0))
+
+
 class BucketTrainer(Trainer):
     """A Trainer that keeps the datasets of a `ConcatDataset`, say of different resolutions, in batches of their own."""
 
@@ -124,7 +135,9 @@ class BucketTrainer(Trainer):
         if not isinstance(data, ConcatDataset):
             return super()._get_train_sampler(data)
         batch = self.args.per_device_train_batch_size
-        return BucketSampler([len(d) for d in data.datasets], batch, self.args.seed)  # type: ignore[arg-type]
+        sampler = BucketSampler([len(d) for d in data.datasets], batch, self.args.seed)  # type: ignore[arg-type]
+        self.add_callback(_Epochs(sampler))
+        return sampler
 
 
 class DistillTrainer(BucketTrainer):

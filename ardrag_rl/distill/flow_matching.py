@@ -146,9 +146,14 @@ class FlowMatching(nn.Module):
     def forward(self, latents: Tensor, trajectory: Tensor, text: Tensor) -> dict[str, Tensor]:
         """latents, trajectory: (B, F, C, h, w); text: (B, L, D)."""
         batch, frames = latents.shape[:2]
-        text = text * (torch.rand(batch, 1, 1, device=text.device) > self.text_dropout)
+        told = torch.rand(batch, 1, 1, device=text.device) > self.text_dropout
         if self.control_dropout:
-            trajectory = trajectory * (torch.rand(batch, 1, 1, 1, 1, device=latents.device) > self.control_dropout)
+            dragged = torch.rand(batch, 1, 1, device=text.device) > self.control_dropout
+            # both at once too, as often as the rarer: what guidance leads away from has neither
+            some = torch.rand(batch, 1, 1, device=text.device) > min(self.text_dropout, self.control_dropout)
+            told, dragged = told & some, dragged & some
+            trajectory = trajectory * dragged[..., None, None]
+        text = text * told
         chunk = self.policy.transformer.config["chunk_size"]
         starts = torch.arange(frames) // chunk  # each frame's chunk
         t = self.noise_levels((batch, self.rows, int(starts[-1]) + 1), latents.device)[..., starts]

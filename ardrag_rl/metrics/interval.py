@@ -16,7 +16,7 @@ def bootstrap_interval(
 ) -> Interval:
     """The mean over runs of a statistic of their tasks, and its interval over both.
 
-    Every resample draws runs, and tasks for each, with replacement. That repeats tasks, which shifts a Frechet distance
+    Every resample draws runs and tasks, with replacement. That repeats tasks, which shifts a Frechet distance
     whatever the videos are. So the resamples give the width only: they are moved to have their mean at the number
     itself.
 
@@ -40,7 +40,7 @@ def bootstrap_interval(
     rng = np.random.default_rng(seed)
     drawn = np.empty(resamples)
     for i in range(resamples):
-        chosen = rng.integers(len(runs), size=len(runs))
-        drawn[i] = np.mean([runs[k](rng.integers(num_tasks, size=num_tasks)) for k in chosen])
+        tasks = rng.integers(num_tasks, size=num_tasks)  # of all runs: they have the same
+        drawn[i] = np.mean([runs[k](tasks) for k in rng.integers(len(runs), size=len(runs))])
     low, high = np.nanquantile(drawn - np.nanmean(drawn), [(1 - level) / 2, (1 + level) / 2]) + point
     return Interval(point, float(low), float(high), len(runs) * num_tasks)
