@@ -121,9 +121,9 @@ class Run:
         training.gradient_checkpointing = training.activation_checkpointing = False
         if training.n_gpu > 1:
             raise SystemExit(f"{training.n_gpu} GPUs and one process: start it with accelerate launch.")
+        self.init = hub.pipeline_path(args.init)
         if hub.read_json(self.init / "transformer" / "config.json").get("image_dim"):
             raise SystemExit(f"--init {args.init}: it takes image tokens, which distillation does not make.")
-        self.init = hub.pipeline_path(args.init)
         texts = args.sizes or ["{1}x{0}".format(*hub.pipeline_size(self.init))] * len(args.tasks)
         if len(texts) != len(args.tasks):
             raise SystemExit(f"--sizes {' '.join(texts)}: expected one for each of {len(args.tasks)} --tasks.")
