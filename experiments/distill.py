@@ -33,8 +33,10 @@ from ardrag_rl import hub
 from ardrag_rl.codec import Codec
 from ardrag_rl.distill.critic import Critic
 from ardrag_rl.distill.distillation import Distillation, DistillSettings
-from ardrag_rl.distill.fit import DistillTrainer, averaged, compile_blocks, fit, muon, settings
+from ardrag_rl.distill.fit import averaged, compile_blocks, fit, settings
 from ardrag_rl.distill.flow_matching import FlowMatching, LatentClips
+from ardrag_rl.distill.muon import muon
+from ardrag_rl.distill.trainers import DistillTrainer
 from ardrag_rl.envs.fit import parse_size
 from ardrag_rl.envs.tasks import make_tasks
 from ardrag_rl.flow import Schedule

@@ -15,8 +15,9 @@ from transformers import TrainingArguments
 from ardrag_rl.distill.buckets import BucketSampler
 from ardrag_rl.distill.critic import Critic, Judgement, adversarial_gradient, denoise, discriminator_loss, guided
 from ardrag_rl.distill.distillation import Distillation, DistillSettings
-from ardrag_rl.distill.fit import DistillTrainer, averaged, fit, settings
+from ardrag_rl.distill.fit import averaged, fit, settings
 from ardrag_rl.distill.flow_matching import bounded_weight
+from ardrag_rl.distill.trainers import DistillTrainer
 from ardrag_rl.flow import Schedule, interpolate, predict_x0, shift_level
 from ardrag_rl.policies import VideoPolicy
 from ardrag_rl.policies.chunks import Conditions

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import copy
-from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from timm.optim import muon as timm_muon
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
-from torch.utils.data import ConcatDataset, Dataset
+from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from ardrag_rl.distill.buckets import BucketSampler
+from ardrag_rl.distill.trainers import BucketTrainer
 from ardrag_rl.policies import transformer
 from ardrag_rl.training.checkpoints import last_checkpoint
 
@@ -89,19 +87,7 @@ class _Averaging(TrainerCallback):
         self._average.update_parameters(self._source)
 
 
-def muon(parameters: Iterable[Any], rate: float) -> torch.optim.Optimizer:
-    """timm's Muon (AdamW for vectors): a lower loss than AdamW's after the same number of clips."""
-    timm_muon.zeropower_via_newtonschulz = _orthogonalise
-    return timm_muon.Muon(parameters, lr=rate, weight_decay=0.01, nesterov=True)
-
-
-_TIMMS = timm_muon.zeropower_via_newtonschulz
 _EAGER = transformer._run_block
-
-
-def _orthogonalise(*args: Any, **kwargs: Any) -> Tensor:
-    """timm's, in float32: bfloat16 takes a hundred times longer on a CPU without such instructions."""
-    return _TIMMS(*args, **{**kwargs, "dtype": torch.float32})
 
 
 def compile_blocks() -> None:
@@ -115,56 +101,3 @@ def compile_blocks() -> None:
         return chosen(block, x, modulation, rotary, layout, past, *rest)
 
     transformer._run_block = run  # type: ignore[assignment]
-
-
-class _Epochs(TrainerCallback):
-    """Tells a sampler its epoch: accelerate's wrappers do not pass it on after a resume."""
-
-    def __init__(self, sampler: BucketSampler) -> None:
-        self._sampler = sampler
-
-    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._sampler.set_epoch(int(state.epoch or 0))
-
-
-class BucketTrainer(Trainer):
-    """A Trainer that keeps the datasets of a `ConcatDataset`, say of different resolutions, in batches of their own."""
-
-    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        data = self.train_dataset if train_dataset is None else train_dataset
-        if not isinstance(data, ConcatDataset):
-            return super()._get_train_sampler(data)
-        batch = self.args.per_device_train_batch_size
-        sampler = BucketSampler([len(d) for d in data.datasets], batch, self.args.seed)  # type: ignore[arg-type]
-        self.add_callback(_Epochs(sampler))
-        return sampler
-
-
-class DistillTrainer(BucketTrainer):
-    """Trainer of a `Distillation`: the critic learns at every update, the student at every k-th, the first included.
-
-    Args:
-        student_every: k.
-        others: the Trainer's.
-    """
-
-    def __init__(self, *args: Any, student_every: int = 5, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._student_every = student_every
-        self._parts: dict[str, list[Tensor]] = defaultdict(list)
-
-    def compute_loss(
-        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
-        """The loss of this update, whose parts are logged."""
-        outputs = model(**inputs, student_turn=self.state.global_step % self._student_every == 0)
-        for name, value in outputs.items():
-            if name != "loss":
-                self._parts[name].append(value)
-        return (outputs["loss"], outputs) if return_outputs else outputs["loss"]
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """With the mean of each part since the last log."""
-        parts = {name: float(torch.stack(values).mean()) for name, values in self._parts.items()}
-        self._parts.clear()
-        super().log({**logs, **parts}, start_time)
