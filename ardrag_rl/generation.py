@@ -59,8 +59,7 @@ def generate(
     if policy.source is None:
         raise ValueError("the policy came from no pipeline folder, so its codec is unknown: pass the folder's name.")
     codec = Codec.from_pretrained(policy.source, policy.device)
-    own_height, own_width = hub.pipeline_size(policy.source)
-    height, width = own_height if height is None else height, own_width if width is None else width
+    height, width = hub.pipeline_size(policy.source, height, width)
     codec.latent_shape(height, width)  # refuses a size that does not fit
     frames = codec.pixel_frames(num_frames)
     control = fit(image_task(image, drag, prompt, frames), frames, height, width).control

@@ -75,12 +75,32 @@ def save_schedule(path: Path, schedule: Schedule) -> None:
     )
 
 
-def pipeline_size(path: Path) -> tuple[int, int]:
-    """The (height, width) in pixels the pipeline was made for: `sample_height`, `sample_width` of model_index.json."""
+def pipeline_size(path: Path, height: int | None = None, width: int | None = None) -> tuple[int, int]:
+    """(height, width) in pixels: as given, where None the pipeline's own.
+
+    Its own are `sample_height` and `sample_width` of model_index.json.
+
+    Raises:
+        ValueError: one is not given, and the pipeline names none.
+    """
+    if height is not None and width is not None:
+        return height, width
     index = read_json(path / "model_index.json")
     if "sample_height" not in index or "sample_width" not in index:
         raise ValueError(f"the pipeline {str(path)!r} names no resolution of its own: pass height= and width=.")
-    return int(index["sample_height"]), int(index["sample_width"])
+    own = int(index["sample_height"]), int(index["sample_width"])
+    return own[0] if height is None else height, own[1] if width is None else width
+
+
+def local_file(file: str | Path) -> Path:
+    """A file that the user brings.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+    """
+    if not Path(file).is_file():
+        raise FileNotFoundError(f"{file} does not exist: give a local file.")
+    return Path(file)
 
 
 def save_index(path: Path, height: int, width: int) -> None:

@@ -89,7 +89,7 @@ def main() -> None:
             write_json(records[file], {"file": str(file.relative_to(raw)), "clips": clips})
             bar.update()
     clips = [clip for file in files for clip in json.loads(records[file].read_text())["clips"]]
-    kept = write_dataset(folder, clips, args)
+    kept = write_dataset(folder, clips, curator, args.negative_prompt)
     reasons: dict[str, int] = {}
     for clip in clips:
         if clip["reason"]:
@@ -188,7 +188,9 @@ def write_clip(clip: Clip, name: str, rate: float, folder: Path) -> dict[str, An
     }
 
 
-def write_dataset(folder: Path, clips: list[dict[str, Any]], args: CurateArguments) -> list[dict[str, Any]]:
+def write_dataset(
+    folder: Path, clips: list[dict[str, Any]], curator: Curator, negative_prompt: str
+) -> list[dict[str, Any]]:
     """Manifest, tracks and contact sheet of all clips but those that the filters or rejected.txt reject."""
     from datasets import Dataset
 
@@ -202,14 +204,14 @@ def write_dataset(folder: Path, clips: list[dict[str, Any]], args: CurateArgumen
     for old in folder.glob("manifest*.jsonl"):
         old.unlink()
     write_manifest(folder / "manifest.jsonl", kept)
-    for height, width in {tuple(c["size"]) for c in kept} if len(args.sizes) > 1 else ():
+    for height, width in {tuple(c["size"]) for c in kept} if len(curator.sizes) > 1 else ():
         write_manifest(folder / f"manifest-{width}x{height}.jsonl", [c for c in kept if c["size"] == [height, width]])
     columns = ("name", "prompt", "tracks", "size", "frames")
     Dataset.from_list([{**{k: c[k] for k in columns}, **c["numbers"]} for c in kept]).to_parquet(
         str(folder / "tracks.parquet")
     )
-    (folder / "negative_prompt.txt").write_text(args.negative_prompt + "\n")
-    (folder / "index.html").write_text(contact_sheet(clips, struck, asdict(curator_of(args).filters)), encoding="utf-8")
+    (folder / "negative_prompt.txt").write_text(negative_prompt + "\n")
+    (folder / "index.html").write_text(contact_sheet(clips, struck, asdict(curator.filters)), encoding="utf-8")
     return kept
 
 

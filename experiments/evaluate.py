@@ -108,8 +108,7 @@ class Evaluator:
     def __init__(self, args: EvaluateArguments) -> None:
         self.args, self.folder = args, Path(args.output_dir)
         self.codec = Codec.from_pretrained(args.codec, args.device)
-        own = hub.pipeline_size(hub.pipeline_path(args.codec)) if None in (args.height, args.width) else (0, 0)
-        self.size = (args.height or own[0], args.width or own[1])
+        self.size = hub.pipeline_size(hub.pipeline_path(args.codec), args.height, args.width)
         self.num_pixel_frames = self.codec.pixel_frames(args.num_frames)
         self.source = make_tasks(args.tasks, self.num_pixel_frames, *self.size)
         if not hasattr(self.source, "video"):

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ardrag_rl.envs.clips import frame_size, prompt_of
 from ardrag_rl.envs.fit import Crop
-from ardrag_rl.envs.points import PointTracks, choose, control_points, corners, follow
+from ardrag_rl.envs.points import PointTracks, choose, control_points, corners, follow, tracking_size
 from ardrag_rl.media import frames_at, whole_rate
 from ardrag_rl.rewards.tracker import Tracker
 
@@ -103,7 +103,7 @@ class Curator:
             else:
                 usual = 0.8 * usual + 0.2 * difference
             last = small
-            shot.append(Crop(frame_size(frame), self._tracked(size)).images(frame))
+            shot.append(Crop(frame_size(frame), tracking_size(size)).images(frame))
             if len(shot) == self.num_frames:
                 yield self._judge(path, start, torch.stack(shot), size)
                 shot, start, given = [], index + 1, True
@@ -113,11 +113,6 @@ class Curator:
     def _bucket(self, size: tuple[int, int]) -> tuple[int, int]:
         aspect = np.log(size[0] / size[1])
         return min(self.sizes, key=lambda s: abs(np.log(s[0] / s[1]) - aspect))
-
-    def _tracked(self, size: tuple[int, int]) -> tuple[int, int]:
-        """Tracks are found at a resolution that shows more than a small bucket's."""
-        scale = max(1.0, 256 / min(size))
-        return round(size[0] * scale), round(size[1] * scale)
 
     def _short(self, path: Path, start: int, shot: list[Tensor], why: str) -> Clip:
         frames = torch.stack(shot)

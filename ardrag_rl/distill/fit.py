@@ -93,11 +93,10 @@ _EAGER = transformer._run_block
 def compile_blocks() -> None:
     """torch.compile for passes with gradient that have no cache (2.5 times as fast on a CPU); a cache grows, and every
     length would be compiled anew."""
-    eager = _EAGER
-    compiled = torch.compile(eager, dynamic=False)
+    compiled = torch.compile(_EAGER, dynamic=False)
 
     def run(block: Any, x: Tensor, modulation: Tensor, rotary: Any, layout: Any, past: Any, *rest: Any) -> Any:
-        chosen = compiled if past is None and torch.is_grad_enabled() else eager
+        chosen = compiled if past is None and torch.is_grad_enabled() else _EAGER
         return chosen(block, x, modulation, rotary, layout, past, *rest)
 
     transformer._run_block = run  # type: ignore[assignment]

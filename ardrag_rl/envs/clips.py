@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ardrag_rl.control import Control
 from ardrag_rl.envs.fit import Crop, fit
-from ardrag_rl.envs.points import moving_points
+from ardrag_rl.envs.points import moving_points, tracking_size
 from ardrag_rl.envs.task import Task
 from ardrag_rl.media import VIDEO_SUFFIXES, MediaError, read_frames, read_image, read_video, video_info
 
@@ -118,10 +118,8 @@ class ClipFolder:
 
     def _make(self, window: Window) -> Task:
         frames = read_frames(window.path, window.start, self.num_frames, window.stride)
-        # tracks are found at a resolution that shows more than the environment's
-        scale = max(1.0, 256 / min(self.height, self.width))
         size = frame_size(frames)
-        large = Crop(size, (round(self.height * scale), round(self.width * scale))).images(frames)
+        large = Crop(size, tracking_size((self.height, self.width))).images(frames)
         points = moving_points(large)
         if points.shape[1] == 0:
             logger.warning("no point to track was found in %s; the task has no control.", window.name)

@@ -123,8 +123,7 @@ class VideoMDP:
         if num_frames is not None and num_frames < 1:
             raise ValueError(f"num_frames={num_frames}: expected at least 1 latent frame.")
         path = pipeline_path(pipeline)
-        own = (0, 0) if height is not None and width is not None else pipeline_size(path)
-        height, width = height if height is not None else own[0], width if width is not None else own[1]
+        height, width = pipeline_size(path, height, width)
         made = make_rewards(rewards)
         codec = Codec.from_pretrained(path, device=device)
         codec.latent_shape(height, width)  # refuses a wrong size before any task is made

@@ -28,6 +28,12 @@ class PointTracks:
     size: tuple[int, int]
 
 
+def tracking_size(size: tuple[int, int]) -> tuple[int, int]:
+    """(height, width) at which points of a clip of this size are found: more is seen than in a small one."""
+    scale = max(1.0, 256 / min(size))
+    return round(size[0] * scale), round(size[1] * scale)
+
+
 def corners(frame: Tensor, most: int = 200) -> np.ndarray:
     """Key points (P, 2) of a frame (3, H, W) uint8, in pixels; P = 0 where it has no corner."""
     import cv2

@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 
+from ardrag_rl.hub import local_file
+
 ASSETS = Path(__file__).parent.parent / "assets" / "features"
 
 
@@ -112,7 +114,7 @@ class Inception:
     """
 
     def __init__(self, weights: str | Path, device: str = "cpu") -> None:
-        _must_exist(weights)
+        local_file(weights)
         try:
             from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
         except ImportError as error:
@@ -141,7 +143,7 @@ class I3D:
     """
 
     def __init__(self, script: str | Path, device: str = "cpu") -> None:
-        _must_exist(script)
+        local_file(script)
         self._model = torch.jit.load(str(script), map_location=device).eval()
         self._device, self.name = device, f"I3D {digest(script)}"
 
@@ -165,8 +167,3 @@ def load_features(kind: str, file: str | Path | None = None, device: str = "cpu"
 def digest(file: str | Path) -> str:
     """The first digits of a file's SHA-256."""
     return hashlib.sha256(Path(file).read_bytes()).hexdigest()[:8]
-
-
-def _must_exist(file: str | Path) -> None:
-    if not Path(file).is_file():
-        raise FileNotFoundError(f"{file} does not exist: give a local file.")

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ardrag_rl.control import Control
+from ardrag_rl.hub import local_file
 from ardrag_rl.rewards.registry import register_reward
 from ardrag_rl.rewards.reward import Reward
 
@@ -122,7 +123,7 @@ def load_predictor(tower: str, weights: str | None, head: str | None, device: st
             raise ValueError(f"tower {tower!r} is neither a folder nor an open_clip architecture such as 'ViT-L-14'.")
         if weights is None or head is None:
             raise ValueError(f"tower {tower!r} needs weights= and head=, two local files; nothing is downloaded.")
-        _must_exist(weights)
+        local_file(weights)
         clip = open_clip.create_model(tower, pretrained=weights, device=device)
     model = Predictor(clip.visual, load_head(head)).to(device).eval()
     return model.requires_grad_(False).to(memory_format=torch.channels_last)  # faster convolutions on a CPU
@@ -135,7 +136,7 @@ def load_head(file: str | Path) -> nn.Module:
         FileNotFoundError: there is no such file.
         ValueError: its keys are of neither form.
     """
-    _must_exist(file)
+    local_file(file)
     if str(file).endswith(".safetensors"):
         from safetensors.torch import load_file
 
@@ -159,11 +160,6 @@ def load_head(file: str | Path) -> nn.Module:
         width = out
     mlp.load_state_dict({key.removeprefix("layers."): value for key, value in state.items()})
     return mlp
-
-
-def _must_exist(file: str | Path) -> None:
-    if not Path(file).is_file():
-        raise FileNotFoundError(f"{file} does not exist: give a local file.")
 
 
 def _pair(size: int | Sequence[int]) -> tuple[int, int]:

@@ -90,8 +90,8 @@ class GRPOTrainer(Trainer):
             raise ValueError("the policy does not say which pipeline it is of; pass pipeline= for the environment.")
         terms = make_rewards(reward_spec(rewards, args.reward_weights))
         args.plan(0, policy.schedule.num_steps)  # refuses a stochastic step that the schedule lacks
-        height, width = pipeline_size(pipeline_path(pipeline))
-        make_tasks(tasks, args.num_frames, args.height or height, args.width or width)  # refuses what is unknown
+        size = pipeline_size(pipeline_path(pipeline), args.height, args.width)
+        make_tasks(tasks, args.num_frames, *size)  # refuses what is unknown
         self.env = EnvSpec(pipeline, tasks, terms, args.num_frames, args.height, args.width, str(args.device))
         if args.gradient_checkpointing:  # diffusers' own; Trainer knows transformers' only
             policy.transformer.enable_gradient_checkpointing()  # type: ignore[attr-defined]
