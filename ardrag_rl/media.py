@@ -28,13 +28,10 @@ class VideoInfo:
     Attributes:
         num_frames: counted from its packets, not from what the header says.
         fps: frames per second; 0 where the file does not say.
-        height, width: in pixels.
     """
 
     num_frames: int
     fps: float
-    height: int
-    width: int
 
 
 def read_image(path: str | Path) -> Tensor:
@@ -87,7 +84,7 @@ def write_image(path: str | Path, image: Tensor) -> None:
 
 
 def video_info(path: str | Path) -> VideoInfo:
-    """Sizes and number of frames of a video, without decoding it.
+    """Rate and number of frames of a video, without decoding it.
 
     Raises:
         MediaError: the file is missing or holds no video.
@@ -95,8 +92,7 @@ def video_info(path: str | Path) -> VideoInfo:
     with _opened(path) as container:
         stream = container.streams.video[0]
         count = sum(packet.size > 0 for packet in container.demux(stream))
-        fps = float(stream.average_rate or 0)
-        return VideoInfo(count, fps, stream.codec_context.height, stream.codec_context.width)
+        return VideoInfo(count, float(stream.average_rate or 0))
 
 
 def read_frames(path: str | Path, start: int = 0, count: int | None = None, stride: int = 1) -> Tensor:
@@ -237,8 +233,9 @@ def to_uint8(video: Tensor) -> Tensor:
 
 
 def _pixels(frame: Any) -> Tensor:
-    """(3, H, W) uint8."""
-    return torch.from_numpy(frame.to_ndarray(format="rgb24")).permute(2, 0, 1)
+    """(3, H, W) uint8, turned upright as the file says: a phone films sideways and notes it."""
+    upright = np.rot90(frame.to_ndarray(format="rgb24"), frame.rotation // 90)
+    return torch.from_numpy(upright.copy()).permute(2, 0, 1)
 
 
 def _exists(path: str | Path) -> None:

@@ -33,7 +33,7 @@ from ardrag_rl import hub
 from ardrag_rl.codec import Codec
 from ardrag_rl.distill.critic import Critic
 from ardrag_rl.distill.distillation import Distillation, DistillSettings
-from ardrag_rl.distill.fit import averaged, compile_blocks, fit, settings
+from ardrag_rl.distill.fit import averaged, compile_blocks, fit, gathered, settings
 from ardrag_rl.distill.flow_matching import FlowMatching, LatentClips
 from ardrag_rl.distill.muon import muon
 from ardrag_rl.distill.trainers import DistillTrainer
@@ -186,14 +186,17 @@ class Run:
             negative,
         )
         model.average = averaged(student.transformer, args.ema)
-        optimizer = torch.optim.AdamW(
-            [
-                {"params": [p for p in student.parameters() if p.requires_grad], "lr": args.student_rate},
-                {"params": list(model.critic.parameters()), "lr": args.critic_rate},
-            ],
-            betas=(0.0, 0.999),  # as Self-Forcing's: two networks that chase each other
-            weight_decay=self.training.weight_decay,
-        )
+
+        def optimizer() -> torch.optim.Optimizer:
+            return torch.optim.AdamW(
+                [
+                    {"params": [p for p in student.parameters() if p.requires_grad], "lr": args.student_rate},
+                    {"params": list(model.critic.parameters()), "lr": args.critic_rate},
+                ],
+                betas=(0.0, 0.999),  # as Self-Forcing's: two networks that chase each other
+                weight_decay=self.training.weight_decay,
+            )
+
         own = settings(
             self.training,
             self.folder / "checkpoints" / args.student,
@@ -209,9 +212,12 @@ class Run:
     def _flow_matching(self, name: str, loss: FlowMatching, updates: int, batch: int, rate: float) -> None:
         policy = self._trainable(loss.policy, self.args.lora_rank)
         loss.average = averaged(policy.transformer, self.args.ema)
-        optimizer = muon((p for p in policy.parameters() if p.requires_grad), rate) if self.args.muon else None
+
+        def optimizer() -> torch.optim.Optimizer:
+            return muon((p for p in policy.parameters() if p.requires_grad), rate)
+
         own = settings(self.training, self.folder / "checkpoints" / name, updates, batch, rate)
-        fit(loss, self._data(), own, optimizer, (loss.average, policy.transformer))
+        fit(loss, self._data(), own, optimizer if self.args.muon else None, (loss.average, policy.transformer))
         self._save(name, policy, loss.average.module)
 
     def _trainable(self, policy: VideoPolicy, rank: int = 0) -> VideoPolicy:
@@ -235,6 +241,7 @@ class Run:
 
     def _save(self, name: str, policy: VideoPolicy, weights: torch.nn.Module) -> None:
         """A pipeline folder that is there as a whole or not at all."""
+        gathered(weights)
         if self.training.should_save:
             partial_folder = self.folder / f"{name}.partial"
             merged(VideoPolicy(weights, policy.schedule, policy.source)).save_pretrained(partial_folder)

@@ -10,7 +10,9 @@ matching behind the model's own history, which the sprites allow because a drag 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -92,9 +94,8 @@ def train_base(args: PretrainArguments, pipeline: Path) -> None:
     if args.compile:
         compile_blocks()
     loss = FlowMatching(policy, rows=args.base_rows)
-    train(
-        args, "base", loss, data, args.base_steps, args.base_batch, args.base_lr, muon(loss.parameters(), args.base_lr)
-    )
+    optimizer = partial(muon, loss.parameters(), args.base_lr)
+    train(args, "base", loss, data, args.base_steps, args.base_batch, args.base_lr, optimizer)
     policy.save_pretrained(pipeline)
 
 
@@ -127,7 +128,7 @@ def train_few_step(args: PretrainArguments, pipeline: Path) -> None:
         compile_blocks()
     kernels = (Kernel("ode"), Kernel("cps", 0.6), Kernel("renoise"))
     model = OwnHistory(policy, kernels, rows=args.base_rows)
-    optimizer = muon(model.parameters(), args.few_step_lr)
+    optimizer = partial(muon, model.parameters(), args.few_step_lr)
     train(args, "few_step", model, data, args.few_step_steps, args.few_step_batch, args.few_step_lr, optimizer)
     policy.save_pretrained(pipeline)
 
@@ -146,10 +147,10 @@ def train(
     steps: int,
     batch: int,
     rate: float,
-    optimizer: torch.optim.Optimizer | None = None,
+    optimizer: Callable[[], torch.optim.Optimizer] | None = None,
     compile_all: bool = False,
 ) -> None:
-    """One resumable Trainer run; the optimizer is AdamW where none is given."""
+    """One resumable Trainer run; the optimizer is AdamW where nothing makes another."""
     settings = TrainingArguments(
         output_dir=str(Path(args.output_dir) / stage),
         max_steps=steps,

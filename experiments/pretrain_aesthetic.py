@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ardrag_rl.envs.sprites import LEVELS, Sprites
+from ardrag_rl.envs.sprites import Sprites
 from ardrag_rl.rewards.aesthetic import TINY, Predictor, load_predictor
 
 SIDE = 64
@@ -179,12 +179,12 @@ def _uint8(x: np.ndarray) -> np.ndarray:
 
 
 class Frames:
-    """Clean frames of both levels, kept as 8 bit."""
+    """Clean frames of gentle and hard clips, kept as 8 bit."""
 
     def __init__(self, split: str, clips: int, seed: int) -> None:
         self.videos: list[np.ndarray] = []  # (T, H, W, 3)
         self.centres: list[np.ndarray] = []  # (T, 2)
-        for level in LEVELS:
+        for level in ("gentle", "hard"):
             source = Sprites(level, split, seed=seed)
             for i in tqdm(range(clips), desc=f"{level} {split}", leave=False):
                 self.videos.append(_uint8(source.video(i).permute(0, 2, 3, 1).numpy()))

@@ -16,7 +16,7 @@ from ardrag_rl.policies import CausalWanTransformer3DModel, VideoPolicy
 def clips(tiny_pipeline, tmp_path_factory):
     folder = tmp_path_factory.mktemp("clips")
     source = Sprites("gentle", "train", 4, 32, 32)
-    return LatentClips(folder, Codec.from_pretrained(tiny_pipeline), source, 6, batch=4)
+    return LatentClips(folder, Codec.from_pretrained(tiny_pipeline), source, 6)
 
 
 def batch(clips, count=4):
@@ -60,6 +60,28 @@ def test_encoded_clips_are_kept_and_equal_the_codecs(clips, tiny_pipeline):
     item = clips[5]
     assert item["latents"].shape == (4, 4, 8, 8) and len(clips) == 6
     torch.testing.assert_close(item["latents"], codec.encode(source.video(5)[None])[0], atol=0.05, rtol=0.05)
+
+
+def test_interrupted_encoding_goes_on_where_it_was(clips, tiny_pipeline, tmp_path, monkeypatch):
+    codec, source, seen = Codec.from_pretrained(tiny_pipeline), Sprites("gentle", "train", 4, 32, 32), []
+
+    def video(index, real=source.video):
+        seen.append(index)
+        if seen == [0, 1, 2]:
+            raise KeyboardInterrupt
+        return real(index)
+
+    monkeypatch.setattr(source, "video", video)
+    monkeypatch.setattr("ardrag_rl.distill.flow_matching.BATCH_PIXELS", 2 * 4 * 32 * 32)  # two clips
+    with pytest.raises(KeyboardInterrupt):
+        LatentClips(tmp_path, codec, source, 6)
+    resumed = LatentClips(tmp_path, codec, source, 6)
+    assert seen == [0, 1, 2, 2, 3, 4, 5]
+    for i in range(6):
+        for key, value in clips[i].items():
+            torch.testing.assert_close(resumed[i][key], value, atol=2e-3, rtol=2e-3)
+    LatentClips(tmp_path, codec, source, 6)
+    assert len(seen) == 7
 
 
 def test_clips_of_other_settings_are_refused(clips, tiny_pipeline, tmp_path):

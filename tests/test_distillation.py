@@ -1,6 +1,7 @@
 """Distillation: who learns from what, guidance, averages, and the script from interruption to pipeline."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -345,6 +346,10 @@ TINY = [
 ]
 
 
+PROCESSES = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")  # gloo
+SHARDED = (*PROCESSES, str(Path(__file__).parent / "sharded.py"))
+
+
 def distil(pipeline, folder, *more, launch=()):
     command = [sys.executable, *launch, str(SCRIPT), "--init", str(pipeline), "--output_dir", str(folder), *TINY, *more]
     return subprocess.run(command, capture_output=True, text=True, timeout=500)
@@ -371,17 +376,49 @@ def test_the_script_makes_three_pipelines_and_does_nothing_twice(tiny_pipeline, 
     assert all(torch.equal(weights[k], kept[k]) for k in weights)
 
 
-@pytest.mark.slow
-def test_two_processes_learn_together(tiny_pipeline, tmp_path):
-    launch = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")  # gloo
-    done = distil(tiny_pipeline, tmp_path, launch=launch)
+@pytest.fixture(scope="module")
+def two_processes(tiny_pipeline, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("two")
+    done = distil(tiny_pipeline, folder, launch=PROCESSES)
     assert done.returncode == 0, done.stderr
-    state = json.loads((tmp_path / "checkpoints" / "student" / "checkpoint-2" / "trainer_state.json").read_text())
-    assert state["global_step"] == 2
-    assert VideoPolicy.from_pretrained(tmp_path / "student").schedule.num_steps == 3
-    states = sorted((tmp_path / "checkpoints" / "student" / "checkpoint-2").glob("rng_state_*.pth"))
-    a, b = (torch.load(p, weights_only=False)["cpu"] for p in states)
+    return folder
+
+
+@pytest.mark.slow
+def test_two_processes_learn_together(two_processes):
+    checkpoint = two_processes / "checkpoints" / "student" / "checkpoint-2"
+    assert json.loads((checkpoint / "trainer_state.json").read_text())["global_step"] == 2
+    assert VideoPolicy.from_pretrained(two_processes / "student").schedule.num_steps == 3
+    a, b = (torch.load(p, weights_only=False)["cpu"] for p in sorted(checkpoint.glob("rng_state_*.pth")))
     assert not torch.equal(a, b)  # each draws its own noise
+
+
+@pytest.mark.slow
+def test_shards_learn_what_whole_copies_learn_and_resume(two_processes, tiny_pipeline, tmp_path):
+    """FSDP gives the weights of DDP, whether interrupted or not."""
+    done = distil(tiny_pipeline, tmp_path, launch=SHARDED)
+    assert done.returncode == 0, done.stderr
+    checkpoints = tmp_path / "checkpoints" / "student"
+    assert (checkpoints / "checkpoint-2" / "pytorch_model_fsdp.bin").is_file()  # it was FSDP
+    shutil.rmtree(checkpoints / "checkpoint-2")
+    (tmp_path / "student").rename(tmp_path / "whole")
+    again = distil(tiny_pipeline, tmp_path, launch=SHARDED)
+    assert again.returncode == 0, again.stderr
+    file = Path("transformer") / "diffusion_pytorch_model.safetensors"
+    for stage in ("teacher", "start", "student"):
+        one, other = load_file(two_processes / stage / file), load_file(tmp_path / stage / file)
+        assert one.keys() == other.keys()
+        for name in one:
+            torch.testing.assert_close(other[name], one[name], atol=1e-6, rtol=1e-5, msg=f"{stage} {name}")
+    whole, resumed = load_file(tmp_path / "whole" / file), load_file(tmp_path / "student" / file)
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+@pytest.mark.slow
+def test_shards_of_single_blocks_are_refused(tiny_pipeline, tmp_path, monkeypatch):
+    monkeypatch.setenv("FSDP_AUTO_WRAP_POLICY", "SIZE_BASED_WRAP")
+    done = distil(tiny_pipeline, tmp_path, launch=SHARDED)
+    assert done.returncode and "--fsdp_auto_wrap_policy NO_WRAP" in done.stderr
 
 
 def test_a_half_written_checkpoint_is_passed_over(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from PIL import Image
 from ardrag_rl.control import Control
 from ardrag_rl.envs import Sprites, Task, TaskList, TaskSource, draw_drag, fit, image_task, make_tasks
 from ardrag_rl.envs.fit import Crop
+from ardrag_rl.envs.sprites import LEVELS
 from ardrag_rl.media import (
     MediaError,
     read_frames,
@@ -50,17 +52,19 @@ def folder(tmp_path):
 # sprites
 
 
-@pytest.mark.parametrize("name", ["sprites", "sprites-hard", "sprites:heldout", "sprites-hard:heldout"])
+@pytest.mark.parametrize(
+    "name", ["sprites", "sprites-medium", "sprites-hard", "sprites:heldout", "sprites-hard:heldout"]
+)
 def test_sprites_by_name(name):
     source = make_tasks(name, 6, 32, 48)
     assert isinstance(source, TaskSource)
     task = source[3]
     assert task.control.num_frames == 6 and task.control.image.shape == (3, 32, 48)
     assert fit(task, 6, 32, 48) is task
-    assert make_tasks(name, None, 64, 64).num_frames == (16 if "hard" in name else 12)
+    assert make_tasks(name, None, 64, 64).num_frames == (12 if name.startswith("sprites:") or name == "sprites" else 16)
 
 
-@pytest.mark.parametrize("level", ["gentle", "hard"])
+@pytest.mark.parametrize("level", LEVELS)
 def test_sprites_are_reproducible_and_their_truth_is_in_the_frame(level):
     source, again = Sprites(level), Sprites(level)
     for index in range(20):
@@ -97,12 +101,14 @@ def test_splits_show_disjoint_sprites():
     assert not shown("train") & shown("heldout")
 
 
-def test_hard_leaves_more_room_than_gentle():
+def test_levels_leave_more_and_more_room():
     def speed(level):
         paths = [Sprites(level).scene(i).path for i in range(100)]
         return np.mean([np.linalg.norm(np.diff(p, axis=0), axis=1).mean() for p in paths])
 
-    assert speed("hard") > 1.5 * speed("gentle")
+    assert speed("hard") > 1.3 * speed("medium") > 1.5 * speed("gentle")
+    touches = {level: {f for i in range(50) for f in Sprites(level).scene(i).force} for level in LEVELS}
+    assert touches["gentle"] == {1.0} and touches["medium"] == {0.0, 1.0} and len(touches["hard"]) > 100
     assert any(not Sprites("hard").scene(i).force.all() for i in range(50))
     assert any(Sprites("hard").scene(i).distractor for i in range(50))
 
@@ -328,6 +334,23 @@ def test_unknown_names_say_what_exists(tmp_path):
 
 
 # media
+
+
+@pytest.mark.parametrize("degrees, turns", [(90, 1), (-90, -1), (180, 2)])
+def test_a_video_filmed_sideways_is_turned_upright(tmp_path, degrees, turns):
+    """The display matrix of an mp4's track, as phones write it; degrees counter-clockwise."""
+    file = tmp_path / "v.mp4"
+    write_video(file, moving_square(3), fps=10)
+    whole, data = read_frames(file), file.read_bytes()
+    cos, sin = round(np.cos(np.deg2rad(degrees))), round(np.sin(np.deg2rad(degrees)))
+    unit, upright = 1 << 16, (1, 0, 0, 1)
+    matrices = [
+        struct.pack(">9i", unit * a, unit * b, 0, unit * c, unit * d, 0, 0, 0, 1 << 30)
+        for a, b, c, d in (upright, (cos, -sin, sin, cos))
+    ]
+    track = data.index(b"tkhd")
+    file.write_bytes(data[:track] + data[track:].replace(*matrices, 1))
+    assert torch.equal(read_frames(file), torch.rot90(whole, turns, (2, 3)))
 
 
 def test_video_there_and_back(tmp_path):

@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import Dataset
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 
 from ardrag_rl.distill.trainers import BucketTrainer
 from ardrag_rl.policies import transformer
@@ -22,17 +23,17 @@ def fit(
     model: nn.Module,
     data: Dataset[Any],
     args: TrainingArguments,
-    optimizer: torch.optim.Optimizer | None = None,
+    optimizer: Callable[[], torch.optim.Optimizer] | None = None,
     average: tuple[AveragedModel, nn.Module] | None = None,
-    trainer_class: Callable[..., Trainer] | None = None,
-) -> Trainer:
+    trainer_class: Callable[..., BucketTrainer] | None = None,
+) -> BucketTrainer:
     """Trains, going on from the last checkpoint in `args.output_dir` where there is one.
 
     Args:
         model: its forward takes the data's entries and returns a dict with "loss".
         data: of dicts of tensors; of a `ConcatDataset`, every batch is of one of its datasets.
         args: settings of the run.
-        optimizer: None is the Trainer's AdamW.
+        optimizer: makes it, when the Trainer has the weights where they are trained; None is the Trainer's AdamW.
         average: and the module whose weights it follows; both are parts of `model`, so that checkpoints hold them.
         trainer_class: makes a `BucketTrainer` that calls the model otherwise.
 
@@ -45,7 +46,7 @@ def fit(
         model=model,
         args=args,
         train_dataset=data,
-        optimizers=(optimizer, None),
+        make_optimizer=optimizer,
         callbacks=callbacks,  # type: ignore[arg-type]
     )
     if args.process_index:  # the Trainer seeds all processes alike, and they would draw the same noise
@@ -75,6 +76,15 @@ def averaged(model: nn.Module, decay: float) -> AveragedModel:
         return old.lerp(new, 1 - min(decay, (1 + n) / (10 + n)))
 
     return AveragedModel(model, avg_fn=follow).requires_grad_(False)
+
+
+def gathered(module: nn.Module) -> nn.Module:
+    """The module, with whole weights in place of the shards of FSDP; all processes call it, after training."""
+    for owner in module.modules():
+        for name, value in list(owner.named_parameters(recurse=False)):
+            if isinstance(value, DTensor):
+                setattr(owner, name, nn.Parameter(value.detach().full_tensor(), value.requires_grad))
+    return module
 
 
 class _Averaging(TrainerCallback):

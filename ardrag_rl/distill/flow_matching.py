@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from tqdm import tqdm
 from ardrag_rl.codec import Codec
 from ardrag_rl.envs.task import TaskSource
 from ardrag_rl.flow import Kernel, interpolate, velocity
+from ardrag_rl.hub import read_json, write_json
 from ardrag_rl.policies import VideoPolicy
 from ardrag_rl.policies.chunks import Conditions
 from ardrag_rl.policies.generate import generate_latents
@@ -45,7 +46,7 @@ class LatentClips(Dataset[dict[str, Tensor]]):
     """Encoded clips, made once and kept on disk: encoding costs more than a training step.
 
     Args:
-        folder: where the arrays are; they are made where they are missing.
+        folder: where the arrays are; they are made where they are missing, from where that was interrupted.
         codec: encodes frames, heat maps and prompts.
         source: the clips.
         num_clips: how many of them.
@@ -54,19 +55,33 @@ class LatentClips(Dataset[dict[str, Tensor]]):
         ValueError: the folder holds clips of another number, length or size.
     """
 
-    def __init__(self, folder: Path, codec: Codec, source: ClipSource, num_clips: int, batch: int = 32) -> None:
+    def __init__(self, folder: Path, codec: Codec, source: ClipSource, num_clips: int) -> None:
         frames, shape = codec.latent_frames(source.num_frames), codec.latent_shape(source.height, source.width)
         video = (num_clips, frames, *shape)
         shapes = dict(zip(_KEYS, (video, video, (num_clips, *codec.text_shape)), strict=True))
-        if not (folder / "done").is_file():
-            _encode(folder, codec, source, shapes, batch)
-        self.shard = LatentShard(*(np.load(folder / f"{k}.npy", mmap_mode="r") for k in _KEYS))
+        progress = folder / "progress.json"
+        done = read_json(progress)["clips"] if progress.is_file() else 0
+        if not progress.is_file():
+            folder.mkdir(parents=True, exist_ok=True)
+            for name, wanted in shapes.items():
+                np.lib.format.open_memmap(folder / f"{name}.npy", "w+", np.float16, wanted)
+        mode: Any = "r+" if done < num_clips else "r"
+        self.shard = LatentShard(*(np.load(folder / f"{k}.npy", mmap_mode=mode) for k in _KEYS))
         for name, wanted in shapes.items():
             if (found := getattr(self.shard, name).shape) != wanted:
                 raise ValueError(
                     f"{str(folder)!r} holds {name} of shape {found}, and {wanted} are asked for: it was encoded with "
                     "other settings. Delete it, or give another folder."
                 )
+        batch = max(1, BATCH_PIXELS // (source.num_frames * source.height * source.width))
+        with tqdm(
+            total=num_clips, initial=done, desc="encoding clips", mininterval=5, disable=done >= num_clips
+        ) as bar:
+            for first in range(done, num_clips, batch):
+                rows = range(first, min(first + batch, num_clips))
+                _encode(self.shard, codec, source, rows)
+                write_json(progress, {"clips": rows.stop})
+                bar.update(len(rows))
 
     def __len__(self) -> int:
         return len(self.shard.latents)
@@ -76,25 +91,21 @@ class LatentClips(Dataset[dict[str, Tensor]]):
 
 
 _KEYS = ("latents", "trajectory", "text")
+BATCH_PIXELS = 2**21  # that are encoded at once: 32 clips of the embedded size, one of Wan's
 
 
-def _encode(folder: Path, codec: Codec, source: ClipSource, shapes: dict[str, tuple[int, ...]], batch: int) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    arrays = [np.lib.format.open_memmap(folder / f"{k}.npy", "w+", np.float16, s) for k, s in shapes.items()]
-    num_clips = shapes["latents"][0]
-    for start in tqdm(range(0, num_clips, batch), desc="encoding clips", mininterval=5):
-        rows = range(start, min(start + batch, num_clips))
-        controls = [source[i].control for i in rows]
-        encoded = (
-            codec.encode(torch.stack([source.video(i) for i in rows])),
-            codec.encode_heat_maps(controls, source.height, source.width),
-            codec.encode_text([c.prompt for c in controls]),
-        )
-        for array, value in zip(arrays, encoded, strict=True):
-            array[rows.start : rows.stop] = value.cpu().numpy()
-    for array in arrays:
+def _encode(shard: LatentShard, codec: Codec, source: ClipSource, rows: range) -> None:
+    """Fills these rows, on disk before it returns."""
+    controls = [source[i].control for i in rows]
+    encoded = (
+        codec.encode(torch.stack([source.video(i) for i in rows])),
+        codec.encode_heat_maps(controls, source.height, source.width),
+        codec.encode_text([c.prompt for c in controls]),
+    )
+    for key, value in zip(_KEYS, encoded, strict=True):
+        array = getattr(shard, key)
+        array[rows.start : rows.stop] = value.cpu().numpy()
         array.flush()
-    (folder / "done").touch()
 
 
 def reference_of(latents: Tensor) -> Tensor:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -24,7 +26,37 @@ class _Epochs(TrainerCallback):
 
 
 class BucketTrainer(Trainer):
-    """A Trainer that keeps the datasets of a `ConcatDataset`, say of different resolutions, in batches of their own."""
+    """A Trainer that keeps the datasets of a `ConcatDataset`, say of different resolutions, in batches of their own.
+
+    Args:
+        make_optimizer: called before training, as FSDP takes no ready one; None is the Trainer's own.
+        others: the Trainer's.
+
+    Raises:
+        ValueError: FSDP is set up otherwise than as one unit of FSDP2.
+    """
+
+    def __init__(
+        self, *args: Any, make_optimizer: Callable[[], torch.optim.Optimizer] | None = None, **kwargs: Any
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self._make_optimizer = make_optimizer
+        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+        if plugin is None:
+            return
+        if plugin.fsdp_version != 2 or plugin.auto_wrap_policy is not None:
+            raise ValueError(
+                "FSDP shards a model as one unit here, as its parts are called one by one: start the script with "
+                "accelerate launch --use_fsdp --fsdp_version 2 --fsdp_auto_wrap_policy NO_WRAP."
+            )
+        if plugin.mixed_precision_policy is not None:  # noise is added and scores are compared in float32
+            plugin.mixed_precision_policy = replace(plugin.mixed_precision_policy, cast_forward_inputs=False)
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """The one that `make_optimizer` makes, once."""
+        if self.optimizer is None and self._make_optimizer is not None:
+            self.optimizer = self._make_optimizer()
+        return super().create_optimizer(model)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         data = self.train_dataset if train_dataset is None else train_dataset

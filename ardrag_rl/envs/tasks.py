@@ -50,9 +50,9 @@ def make_tasks(spec: TaskSpec, num_frames: int | None, height: int, width: int) 
     """The task source that `spec` names.
 
     Args:
-        spec: "sprites", "sprites-hard", a `.jsonl` manifest, a folder of clips or one clip; each with ":heldout" for
-            its held-out split, files also with ":all" for both. Or a task, a list of tasks, or a task source, which is
-            returned as it is.
+        spec: "sprites", "sprites-medium", "sprites-hard", a `.jsonl` manifest, a folder of clips or one clip; each with
+            ":heldout" for its held-out split, files also with ":all" for both. Or a task, a list of tasks, or a task
+            source, which is returned as it is.
         num_frames: pixel frames of each task; None for the source's own number.
         height, width: in pixels.
 
