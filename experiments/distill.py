@@ -7,7 +7,8 @@ Stages, each a pipeline in a folder of `output_dir` and each resumable from any 
 - `teacher`: flow matching with drag paths (Eq. 6-7), all frames of a video at once, from the weights of `--init`.
 - `start`: the teacher's weights with block-causal attention, after flow matching behind clean history at the few-step
   schedule. (The alternative, regression on the teacher's ODE, needs a dataset of its trajectories first; flow matching
-  needs the data only, and DMD corrects the distribution afterwards either way.)
+  needs the data only, and DMD corrects the distribution afterwards either way.) With `--start_history own` and
+  `--start_from` another start, it goes on behind frames that it made itself, which undoes drift before DMD does.
 - `student`: Self-Rollout with DMD and an adversarial loss (Algorithm 1); `--rollout self_forcing` and
   `--rollout teacher_forcing` are the baselines. Runs from one `start` with other settings go to other `--student`
   folders.
@@ -33,16 +34,18 @@ from ardrag_rl import hub
 from ardrag_rl.codec import Codec
 from ardrag_rl.distill.critic import Critic
 from ardrag_rl.distill.distillation import Distillation, DistillSettings
-from ardrag_rl.distill.fit import averaged, compile_blocks, fit, gathered, settings
-from ardrag_rl.distill.flow_matching import FlowMatching, LatentClips
+from ardrag_rl.distill.fit import averaged, compile_blocks, fit, settings
+from ardrag_rl.distill.flow_matching import FlowMatching, LatentClips, OwnHistory
 from ardrag_rl.distill.muon import muon
 from ardrag_rl.distill.trainers import DistillTrainer
 from ardrag_rl.envs.fit import parse_size
 from ardrag_rl.envs.tasks import make_tasks
-from ardrag_rl.flow import Schedule
+from ardrag_rl.flow import Kernel, Schedule
 from ardrag_rl.policies import VideoPolicy
 from ardrag_rl.training.lora import add_lora, merged
+from ardrag_rl.training.sharded import gathered
 
+SAMPLERS = (Kernel("ode"), Kernel("cps", 0.6), Kernel("renoise"))  # what a start with own history meets
 STAGES = ("teacher", "start", "student")
 COMMON = ("init", "tasks", "sizes", "clips", "num_frames", "ema", "lora_rank")
 OF_STAGE = {  # what the settings that a stage depends on begin with
@@ -89,6 +92,10 @@ class DistillArguments:
     start_batch: int = field(default=8, metadata={"help": "Clips per device and update."})
     start_rate: float = field(default=1e-5, metadata={"help": "Peak learning rate."})
     start_rows: int = field(default=2, metadata={"help": "Noisy versions of a clip that share its clean history."})
+    start_from: str | None = field(
+        default=None, metadata={"help": "Folder below output_dir with its first weights; unset: the teacher's."}
+    )
+    start_history: str = field(default="clean", metadata={"help": "True frames, or own: what the start itself made."})
 
     chunk_size: int = field(default=1, metadata={"help": "Frames the student denoises together; environments need 1."})
     window: int | None = field(
@@ -159,13 +166,14 @@ class Run:
         self._flow_matching(args.teacher, loss, args.teacher_updates, args.teacher_batch, args.teacher_rate)
 
     def start(self) -> None:
-        """Block-causal flow matching with the teacher's weights."""
+        """Block-causal flow matching."""
         args = self.args
         schedule = hub.load_schedule(self.init)
-        policy = VideoPolicy.from_pretrained(self.folder / args.teacher).with_chunks(
-            args.chunk_size, schedule, args.window
-        )
+        before = VideoPolicy.from_pretrained(self.folder / (args.start_from or args.teacher))
+        policy = before.with_chunks(args.chunk_size, schedule, args.window)
         loss = FlowMatching(policy, text_dropout=args.text_dropout, rows=args.start_rows)
+        if args.start_history == "own":
+            loss = OwnHistory(policy, SAMPLERS, args.text_dropout, args.start_rows)
         self._flow_matching(args.start, loss, args.start_updates, args.start_batch, args.start_rate)
 
     def student(self) -> None:
@@ -252,6 +260,8 @@ class Run:
 def main() -> None:
     """Run the stages that are not done."""
     args, training = TrlParser((DistillArguments, TrainingArguments)).parse_args_and_config()
+    if args.start_history not in ("clean", "own"):
+        raise SystemExit(f"--start_history {args.start_history}: choose clean or own.")
     if unknown := set(args.stages) - set(STAGES):
         raise SystemExit(f"--stages {' '.join(sorted(unknown))}: choose from {', '.join(STAGES)}.")
     run = Run(args, training)

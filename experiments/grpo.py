@@ -2,6 +2,7 @@
 
     python experiments/grpo.py                                            the embedded tiny pipeline, on a laptop
     python experiments/grpo.py --config experiments/configs/grpo-quick.yaml       two updates, to see it run
+    python experiments/grpo.py --dry_run true                             what an update takes, and no more
     accelerate launch experiments/grpo.py --config experiments/configs/wan2.1-1.3b.yaml
 
 Rolls out groups of videos that share a drag path, a prompt and their initial noise, scores every frame, and pushes the
@@ -32,9 +33,12 @@ from ardrag_rl.policies import VideoPolicy
 from ardrag_rl.rollout import Plan
 from ardrag_rl.training.checkpoints import last_checkpoint
 from ardrag_rl.training.config import GRPOConfig, reward_weights
+from ardrag_rl.training.estimate import Estimate, estimate
 from ardrag_rl.training.evaluate import Evaluation, evaluate
+from ardrag_rl.training.lora import add_lora
 from ardrag_rl.training.report import format_table, write_report
 from ardrag_rl.training.trainer import GRPOTrainer
+from ardrag_rl.training.workers import EnvSpec
 
 
 @dataclass
@@ -52,17 +56,20 @@ class ScriptArguments:
     eval_videos: int = field(default=6, metadata={"help": "Videos of before_after.gif."})
     resume: bool = field(default=False, metadata={"help": "Go on from the last checkpoint of output_dir."})
     overwrite: bool = field(default=False, metadata={"help": "Delete the run that output_dir holds."})
+    dry_run: bool = field(default=False, metadata={"help": "Print what an update takes, and stop."})
 
 
 def main() -> None:
     """Evaluate, train, evaluate, report."""
     script, args = TrlParser((ScriptArguments, GRPOConfig)).parse_args_and_config()
     folder = Path(args.output_dir)
+    if script.dry_run:
+        print(dry_run(script, args))
+        return
     checkpoint = prepare(folder, script) if args.should_save else None
     os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(folder / "logs"))
     policy = VideoPolicy.from_pretrained(script.pipeline)
     trainer = GRPOTrainer(policy, args, script.tasks, reward_weights(script.rewards), pipeline=script.pipeline)
-
     judge = Judge(trainer, script)
     if script.overwrite and args.should_save:
         clear(folder)  # only now, when all that can be wrong with the settings is known
@@ -86,6 +93,19 @@ def main() -> None:
         table = format_table(write_report(folder, before, after, others, trainer.state.log_history, facts))
         print(f"\n{table}\n\n{folder}/: the pipeline, report.json, curves.png, before_after.gif, logs/")
     trainer.accelerator.end_training()  # a process group that is not taken down can abort at exit
+
+
+def dry_run(script: ScriptArguments, args: GRPOConfig) -> Estimate:
+    """What an update takes; nothing is trained or written."""
+    policy = VideoPolicy.from_pretrained(script.pipeline, args.device)
+    if args.use_peft:
+        add_lora(policy, args.lora_r, args.lora_alpha, args.lora_target_modules)
+    env = EnvSpec(
+        script.pipeline, script.tasks, reward_weights(script.rewards), args.num_frames, args.height, args.width
+    )
+    space = env.make(1).single_observation_space
+    frames, *latent_shape = space["latents"].shape
+    return estimate(policy, args, frames, tuple(latent_shape), space["text"].shape)
 
 
 class Judge:

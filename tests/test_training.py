@@ -5,10 +5,13 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
+from transformers import TrainerCallback
 
 from ardrag_rl.envs import ARDragVectorEnv
 from ardrag_rl.flow import Kernel
@@ -16,6 +19,7 @@ from ardrag_rl.media import write_image
 from ardrag_rl.policies import VideoPolicy
 from ardrag_rl.rewards import Reward, RewardError
 from ardrag_rl.rollout import Plan
+from ardrag_rl.training.checkpoints import last_checkpoint
 from ardrag_rl.training.collect import collect
 from ardrag_rl.training.config import GRPOConfig, reward_spec
 from ardrag_rl.training.evaluate import evaluate
@@ -53,6 +57,14 @@ class Failing(Reward):
                 return torch.full(video.shape[:2], float("nan"))
             raise OSError("the scorer's file is gone")
         return video.mean((2, 3, 4))
+
+
+class OnStep(TrainerCallback):
+    def __init__(self, call):
+        self.call = call
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.call(state.global_step)
 
 
 def config(folder, **changes):
@@ -117,7 +129,7 @@ def test_default_config_works_on_a_cpu_and_fills_its_groups():
         ({"credit": "gae"}, "credit='gae'"),
         ({"exploration": "some"}, "selective, every"),
         ({"scale_rewards": "global"}, "group, batch, none"),
-        ({"on_reward_error": "ignore"}, "raise, skip"),
+        ({"on_group_error": "ignore"}, "raise, skip"),
         ({"epsilon": 0.0}, "epsilon=0.0"),
         ({"max_steps": -1}, "max_steps=-1"),
         ({"beta": -1.0}, "beta=-1.0"),
@@ -339,6 +351,40 @@ def test_resumed_run_equals_an_uninterrupted_one(tiny_pipeline, tmp_path):
     assert torch.equal(weights(whole.policy), weights(resumed.policy))
 
 
+@pytest.mark.slow
+def test_a_run_that_is_killed_again_and_again_ends_as_if_it_were_not(tiny_pipeline, tmp_path):
+    """While it rolls out, between micro-batches, before a checkpoint and in the middle of one; reference included."""
+
+    def run(folder, where):
+        folder.mkdir(exist_ok=True)
+        command = [sys.executable, str(Path(__file__).parent / "chaos.py"), str(tiny_pipeline), str(folder), where]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == (0 if where == "nothing" else -9), done.stderr[-3000:]
+
+    run(tmp_path / "calm", "nothing")
+    for where in ("rollout", "update", "between", "checkpoint", "nothing"):
+        run(tmp_path / "chaos", where)
+    calm, chaos = (load_file(tmp_path / name / "end") for name in ("calm", "chaos"))
+    assert all(torch.equal(calm[name], chaos[name]) for name in calm)
+    assert len(list((tmp_path / "chaos").glob("died-*"))) == 4
+
+
+def test_a_full_disk_is_an_error_before_anything_is_trained_or_written(tiny_pipeline, tmp_path, monkeypatch):
+    def left(free):
+        monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=free))
+
+    trainer = trainer_of(tiny_pipeline, tmp_path, max_steps=4, save_strategy="steps", save_steps=1)
+    left(2**20)
+    with pytest.raises(OSError, match="disk has 1 MiB left: nothing was written"):
+        trainer.train()
+    left(2**30)
+    trainer.add_callback(OnStep(lambda step: left(2**20 if step == 3 else 2**30)))
+    with pytest.raises(OSError, match="earlier checkpoints are whole"):
+        trainer.train()
+    assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-2"
+    assert len(list(tmp_path.iterdir())) == 2
+
+
 def test_reference_kl(tiny_pipeline, tmp_path):
     trainer = trainer_of(tiny_pipeline, tmp_path, beta=0.1)
     trainer.train()
@@ -410,12 +456,12 @@ def test_failing_group_is_skipped_where_configured(tiny_pipeline, tmp_path, grou
     # in a batch of two: the batch fails, then its first group alone
     reward = Failing(lambda calls: calls == 1 or (groups_per_batch == 2 and calls == 2))
     trainer = trainer_of(
-        tiny_pipeline, tmp_path, [reward], on_reward_error="skip", groups_per_batch=groups_per_batch, max_steps=2
+        tiny_pipeline, tmp_path, [reward], on_group_error="skip", groups_per_batch=groups_per_batch, max_steps=2
     )
     trainer.train()
     first, second = (entry for entry in trainer.state.log_history if "reward" in entry)
     assert first["failed_groups"] == 1 and second["failed_groups"] == 0
-    everything = trainer_of(tiny_pipeline, tmp_path, [Failing(lambda calls: True)], on_reward_error="skip")
+    everything = trainer_of(tiny_pipeline, tmp_path, [Failing(lambda calls: True)], on_group_error="skip")
     with pytest.raises(RewardError, match="every group of update 0 failed"):
         everything.train()
 

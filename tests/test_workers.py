@@ -1,11 +1,20 @@
-"""Rollouts are the same in process, on one Ray worker, on three, and after one was killed."""
+"""Rollouts are the same in process, on one Ray worker, on three, and whatever happens to them."""
 
+import os
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
 
 from ardrag_rl.policies import VideoPolicy
+from ardrag_rl.rewards import Limits, Reward, RewardError, RewardLeak
 from ardrag_rl.rollout import Plan
-from ardrag_rl.training.workers import EnvSpec, LocalRollouts, RayRollouts, RolloutSettings, Unit, join_results
+from ardrag_rl.training.ray_rollouts import RayRollouts, RolloutError
+from ardrag_rl.training.workers import EnvSpec, LocalRollouts, RolloutSettings, Unit, join_results
 
 SETTINGS = RolloutSettings(num_generations=2, threads=1)
 PLAN = Plan.selective(1, "cps")
@@ -31,6 +40,7 @@ def local(env, policy):
 def runtime():
     ray = pytest.importorskip("ray")
     ray.init(num_cpus=3, include_dashboard=False, log_to_driver=False, ignore_reinit_error=True)
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # actors cannot import this file
     yield ray
     ray.shutdown()
 
@@ -49,7 +59,7 @@ def test_order_of_work_does_not_matter(env, policy, local):
 
 
 def test_one_worker_gives_the_same_numbers(runtime, env, policy, local):
-    rollouts = RayRollouts(env, SETTINGS, 1)
+    rollouts = RayRollouts(env, SETTINGS, policy, 1)
     try:
         assert_same(local, join_results(rollouts.run(UNITS, policy)).rollout)
         # new weights reach the worker
@@ -68,11 +78,100 @@ def test_one_worker_gives_the_same_numbers(runtime, env, policy, local):
 
 
 @pytest.mark.slow
-def test_three_workers_and_a_killed_one_give_the_same_numbers(runtime, env, policy, local):
-    rollouts = RayRollouts(env, SETTINGS, 3)
+def test_three_workers_give_the_same_numbers_when_one_or_all_are_killed(runtime, env, policy, local):
+    rollouts = RayRollouts(env, SETTINGS, policy, 3)
     try:
         assert_same(local, join_results(rollouts.run(UNITS, policy)).rollout)
-        runtime.kill(rollouts._actors[1])
-        assert_same(local, join_results(rollouts.run(UNITS, policy)).rollout)
+        for number in (1, 3):
+            for actor in rollouts._actors[:number]:
+                runtime.kill(actor)
+            assert_same(local, join_results(rollouts.run(UNITS, policy)).rollout)
     finally:
         rollouts.close()
+
+
+class Chaos(Reward):
+    """Does `what` in its first calls, counted in a file that all processes share; then scores like the real one."""
+
+    memory = 0
+
+    def __init__(self, what, file, times=1):
+        self.what, self.file, self.times, self.kept = what, Path(file), times, []
+
+    def __call__(self, video, controls):
+        with self.file.open("a") as file:
+            file.write(".")
+        if self.file.stat().st_size <= self.times:
+            {"die": lambda: os._exit(1), "hang": lambda: time.sleep(60), "raise": self.fail, "leak": self.keep}[
+                self.what
+            ]()
+        return video.mean((2, 3, 4))
+
+    def fail(self):
+        raise OSError("the reward server is gone")
+
+    def keep(self):
+        self.kept.append(np.ones(50 * 2**17))  # 50 MiB
+
+
+def run(env, policy, workers, chaos, **settings):
+    env = replace(env, rewards=[chaos])
+    settings = replace(SETTINGS, **settings)
+    rollouts = RayRollouts(env, settings, policy, workers) if workers else LocalRollouts(env, settings)
+    try:
+        return rollouts.run(UNITS[:2], policy)
+    finally:
+        rollouts.close()
+
+
+@pytest.fixture(scope="module")
+def calm(env, policy, tmp_path_factory):
+    """What comes out where nothing happens."""
+    return join_results(run(env, policy, 0, Chaos("raise", tmp_path_factory.mktemp("calm") / "calls", 0))).rollout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["die", "hang"])
+def test_an_actor_that_dies_or_hangs_is_replaced(runtime, env, policy, calm, tmp_path, what):
+    assert_same(calm, join_results(run(env, policy, 1, Chaos(what, tmp_path / "calls"), timeout=5.0)).rollout)
+
+
+@pytest.mark.slow
+def test_what_fails_again_and_again_is_named_and_raised_or_skipped(runtime, env, policy, tmp_path):
+    chaos = Chaos("die", tmp_path / "calls", 10**6)
+    with pytest.raises(
+        RolloutError, match=r"groups \[\d, \d\] of update 3 \(tasks sprites-gentle:train/0/.*failed 2 times"
+    ):
+        run(env, policy, 2, chaos, attempts=2)
+    skipped = run(env, policy, 2, chaos, attempts=1, skip_failures=True)
+    assert [r.rollout for r in skipped] == [None, None] and all("failed 1 times" in r.failures[1] for r in skipped)
+
+
+@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "what, says", [("hang", "did not answer within reward_timeout=0.5"), ("raise", "server is gone")]
+)
+def test_a_failing_reward_is_named_and_raised_or_skipped(request, env, policy, calm, tmp_path, workers, what, says):
+    if workers:
+        request.getfixturevalue("runtime")
+    limits = Limits(seconds=0.5 if what == "hang" else None)
+    with pytest.raises(RewardError, match=f"'chaos'.*{says}"):
+        run(env, policy, workers, Chaos(what, tmp_path / "a"), limits=limits)
+    first, second = run(env, policy, workers, Chaos(what, tmp_path / "b", 2), limits=limits, skip_failures=True)
+    assert len(first.failures) == 1 and says in first.failures[0] and not second.failures
+    # the batch failed, then its first group alone; the other stood in a batch of one, which rounds otherwise
+    torch.testing.assert_close(first.rollout.latents, calm.latents[2:4], atol=1e-4, rtol=1e-4)
+    assert torch.equal(second.rollout.latents, calm.latents[4:])
+
+
+def test_a_reward_that_keeps_memory_is_named(env, policy, tmp_path):
+    with pytest.raises(RewardLeak, match=r"'chaos' has taken 1\d\d MiB in \d+ calls.*reward_memory=120"):
+        run(env, policy, 0, Chaos("leak", tmp_path / "calls", 10**6), limits=Limits(mebibytes=120.0))
+
+
+@pytest.mark.slow
+def test_a_reward_that_keeps_memory_gets_a_new_actor(runtime, env, policy, calm, tmp_path, caplog):
+    chaos = Chaos("leak", tmp_path / "calls", 9)
+    results = run(env, policy, 1, chaos, limits=Limits(mebibytes=120.0))
+    assert "'chaos' has taken" in caplog.text and "it is replaced" in caplog.text
+    assert_same(calm, join_results(results).rollout)

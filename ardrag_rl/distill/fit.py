@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import Dataset
 from transformers import TrainerCallback, TrainingArguments
@@ -76,15 +75,6 @@ def averaged(model: nn.Module, decay: float) -> AveragedModel:
         return old.lerp(new, 1 - min(decay, (1 + n) / (10 + n)))
 
     return AveragedModel(model, avg_fn=follow).requires_grad_(False)
-
-
-def gathered(module: nn.Module) -> nn.Module:
-    """The module, with whole weights in place of the shards of FSDP; all processes call it, after training."""
-    for owner in module.modules():
-        for name, value in list(owner.named_parameters(recurse=False)):
-            if isinstance(value, DTensor):
-                setattr(owner, name, nn.Parameter(value.detach().full_tensor(), value.requires_grad))
-    return module
 
 
 class _Averaging(TrainerCallback):

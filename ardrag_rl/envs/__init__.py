@@ -9,7 +9,7 @@ from ardrag_rl.envs.task import Task, TaskSource
 from ardrag_rl.envs.tasks import TaskList, fit, image_task, make_tasks
 from ardrag_rl.envs.vector import ARDragVectorEnv
 from ardrag_rl.envs.wrappers import FlattenSpaces, NoiseAction
-from ardrag_rl.rewards.reward import RewardError
+from ardrag_rl.rewards.error import RewardError
 
 if "ARDrag-v0" not in gymnasium.registry:
     gymnasium.register(

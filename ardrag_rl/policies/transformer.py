@@ -169,7 +169,7 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
         position = torch.cat(
             [torch.arange(num_clean), torch.arange(num_noisy).repeat(rows)] if rows else [torch.arange(num_clean)]
         )
-        rotary = self._rotary((position + start).to(device), h, w)
+        rotary = self._rotary((position + start).to(device), start + max(num_clean, num_noisy), h, w)
 
         entries: list[LayerKV] = []
         checkpoint = torch.is_grad_enabled() and self.gradient_checkpointing
@@ -203,12 +203,12 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
         projected = embedder.time_proj(embedder.act_fn(temb))
         return temb.unflatten(0, timestep.shape), projected.unflatten(0, timestep.shape).unflatten(-1, (6, -1))
 
-    def _rotary(self, position: Tensor, h: int, w: int) -> tuple[Tensor, Tensor]:
-        """cos and sin, (Ft, n, 1, head_dim / 2), of frames at the given temporal positions."""
+    def _rotary(self, position: Tensor, end: int, h: int, w: int) -> tuple[Tensor, Tensor]:
+        """cos and sin, (Ft, n, 1, head_dim / 2), of frames at the given temporal positions, all before `end`."""
         rope: Any = self.rope
         limit = rope.freqs_cos.shape[0]
-        if int(position.max()) >= limit:
-            raise ValueError(f"frame {int(position.max())} is beyond rope_max_seq_len={limit}.")
+        if end > limit:
+            raise ValueError(f"frame {end - 1} is beyond rope_max_seq_len={limit}.")
 
         def grid(freqs: Tensor) -> Tensor:
             t, y, x = freqs[:, ::2].split([rope.t_dim // 2, rope.h_dim // 2, rope.w_dim // 2], 1)
@@ -299,10 +299,10 @@ def _attend_rows(
     attended = []
     for a, part in zip(range(0, num_frames, size), q.split(size, 2), strict=True):
         b = min(a + size, num_frames)
-        starts = torch.arange(a, b) // chunk * chunk  # of each frame's chunk
-        lo, hi = max(0, first + a - window), first + int(starts[-1])
+        lo, hi = max(0, first + a - window), first + (b - 1) // chunk * chunk
         mask = None
         if b - a > chunk:
+            starts = torch.arange(a, b) // chunk * chunk  # of each frame's chunk
             start, key = (first + starts)[:, None], torch.arange(lo, hi)
             together = starts[:, None] == starts
             mask = _mask(torch.cat([(key < start) & (key >= start - window), together], 1), tokens, part)

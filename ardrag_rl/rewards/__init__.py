@@ -2,9 +2,11 @@
 
 from ardrag_rl.rewards.aesthetic import Aesthetic
 from ardrag_rl.rewards.cotracker import CoTracker
+from ardrag_rl.rewards.error import RewardError, RewardLeak
+from ardrag_rl.rewards.limits import Limits, reward_limits
 from ardrag_rl.rewards.motion import Motion, motion_distance
 from ardrag_rl.rewards.registry import WeightedReward, make_rewards, register_reward, reward_names
-from ardrag_rl.rewards.reward import BufferedSession, Reward, RewardError, RewardSession, check_scores
+from ardrag_rl.rewards.reward import BufferedSession, Reward, RewardSession, check_scores
 from ardrag_rl.rewards.smoothness import DynamicDegree, Smoothness
 from ardrag_rl.rewards.tracker import TemplateTracker, Tracker, TrackerSession, Tracks
 
@@ -13,9 +15,11 @@ __all__ = [
     "BufferedSession",
     "CoTracker",
     "DynamicDegree",
+    "Limits",
     "Motion",
     "Reward",
     "RewardError",
+    "RewardLeak",
     "RewardSession",
     "Smoothness",
     "TemplateTracker",
@@ -27,5 +31,6 @@ __all__ = [
     "make_rewards",
     "motion_distance",
     "register_reward",
+    "reward_limits",
     "reward_names",
 ]

@@ -10,10 +10,8 @@ import torch
 from torch import Tensor
 
 from ardrag_rl.control import Control
-
-
-class RewardError(RuntimeError):
-    """A reward raised, or returned something that is not a score per frame. The message names the reward."""
+from ardrag_rl.rewards.error import RewardError
+from ardrag_rl.rewards.limits import watched
 
 
 class RewardSession(Protocol):
@@ -116,11 +114,12 @@ def check_scores(reward: Reward, scores: Tensor | Callable[[], Tensor], shape: t
         shape: what was wanted, say (B, T).
 
     Raises:
-        RewardError: the reward raised, or returned no tensor, the wrong shape, NaN or infinity.
+        RewardError: the reward raised, passed a limit, or returned no tensor, the wrong shape, NaN or infinity.
     """
     if callable(scores):
         try:
-            scores = scores()
+            with watched(reward.name):
+                scores = scores()
         except RewardError:
             raise
         except Exception as error:

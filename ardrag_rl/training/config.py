@@ -125,8 +125,22 @@ class GRPOConfig(trl.GRPOConfig):
         default=None,
         metadata={"help": "Groups rolled out in one batch, the unit of work; unset: the largest divisor up to 4."},
     )
-    on_reward_error: str = field(
-        default="raise", metadata={"help": "raise: save a checkpoint and stop; skip: go on without the group."}
+    rollout_gpus: int = field(default=0, metadata={"help": "GPUs kept for them; 0: they share the learner's."})
+    rollout_timeout: float | None = field(
+        default=3600.0, metadata={"help": "Seconds after which an actor's batch of groups is run again elsewhere."}
+    )
+    rollout_attempts: int = field(
+        default=3, metadata={"help": "Times a batch is tried on actors before it has failed."}
+    )
+    reward_timeout: float | None = field(
+        default=900.0, metadata={"help": "Seconds that one call of a reward may take."}
+    )
+    reward_memory: float | None = field(
+        default=8192.0, metadata={"help": "MiB that a reward may take over all its calls and not give back."}
+    )
+    on_group_error: str = field(
+        default="raise",
+        metadata={"help": "Of groups that fail: raise: save a checkpoint and stop; skip: go on without them."},
     )
 
     # LoRA, under the names of TRL's ModelConfig
@@ -140,7 +154,7 @@ class GRPOConfig(trl.GRPOConfig):
         _choice("exploration", self.exploration, ("selective", "every"))
         _choice("credit", self.credit, CREDITS)
         _choice("log_prob_reduction", self.log_prob_reduction, ("mean", "sum"))
-        _choice("on_reward_error", self.on_reward_error, ("raise", "skip"))
+        _choice("on_group_error", self.on_group_error, ("raise", "skip"))
         _choice("other_kernel", self.other_kernel, ("ode", "renoise"))
         if self.kernel == "ode":
             raise ValueError("kernel='ode' has no density to train; choose one of cps, flow_sde, dance_sde, renoise.")
@@ -154,15 +168,24 @@ class GRPOConfig(trl.GRPOConfig):
             raise ValueError(
                 f"max_steps={self.max_steps}: expected 1 or more; epochs of endless tasks are not counted."
             )
-        for name in ("epsilon", "epsilon_high", "ratio_tolerance"):
+        for name in (
+            "epsilon",
+            "epsilon_high",
+            "ratio_tolerance",
+            "rollout_timeout",
+            "reward_timeout",
+            "reward_memory",
+        ):
             if getattr(self, name) is not None and getattr(self, name) <= 0:
                 raise ValueError(f"{name}={getattr(self, name)}: expected a number above 0.")
-        for name in ("beta", "learning_rate", "seed", "stochastic_step"):
+        for name in ("beta", "learning_rate", "seed", "stochastic_step", "rollout_gpus"):
             if getattr(self, name) is not None and getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)}: expected 0 or more.")
-        for name in ("num_iterations", "num_frames", "height", "width"):
+        for name in ("num_iterations", "num_frames", "height", "width", "rollout_attempts"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: expected 1 or more.")
+        if self.rollout_gpus and not self.rollout_workers:
+            raise ValueError(f"rollout_gpus={self.rollout_gpus}: they are for actors, and rollout_workers is 0.")
         if self.rollout_workers < 0 or (self.groups_per_batch is not None and self.groups_per_batch < 1):
             raise ValueError(
                 f"rollout_workers={self.rollout_workers}, groups_per_batch={self.groups_per_batch}: expected 0 or "

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ardrag_rl.policies import VideoPolicy
+from ardrag_rl.training.sharded import whole
 
 
 def add_lora(policy: VideoPolicy, r: int, alpha: int, target_modules: Sequence[str] | None = None) -> None:
@@ -62,8 +63,8 @@ def merged(policy: VideoPolicy) -> VideoPolicy:
 
 
 def trainable_state(policy: nn.Module) -> dict[str, Tensor]:
-    """The parameters that training changes, by name, detached."""
-    return {name: p.detach() for name, p in policy.named_parameters() if p.requires_grad}
+    """The parameters that training changes, by name, detached, whole."""
+    return {name: whole(p) for name, p in policy.named_parameters() if p.requires_grad}
 
 
 @torch.no_grad()

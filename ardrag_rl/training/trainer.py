@@ -10,6 +10,7 @@ What departs from the textbook (and from TRL):
 from __future__ import annotations
 
 import copy
+import errno
 import time
 from collections import defaultdict
 from dataclasses import fields, replace
@@ -29,18 +30,19 @@ from ardrag_rl.envs.tasks import make_tasks
 from ardrag_rl.flow import GaussianStep
 from ardrag_rl.hub import pipeline_path, pipeline_size
 from ardrag_rl.policies import VideoPolicy
-from ardrag_rl.rewards import Aesthetic, RewardError, make_rewards
+from ardrag_rl.rewards import Aesthetic, Limits, RewardError, make_rewards
 from ardrag_rl.rollout import Rollout
 from ardrag_rl.training.advantages import compute_advantages, zero_spread
 from ardrag_rl.training.algorithms import get_algorithm
+from ardrag_rl.training.checkpoints import check_room
 from ardrag_rl.training.config import GRPOConfig, reward_spec
 from ardrag_rl.training.lora import add_lora, has_lora, lora_disabled, merged, trainable_state
 from ardrag_rl.training.progress import RewardProgress
+from ardrag_rl.training.ray_rollouts import RayRollouts
 from ardrag_rl.training.stats import loss_stats
 from ardrag_rl.training.workers import (
     EnvSpec,
     LocalRollouts,
-    RayRollouts,
     Rollouts,
     RolloutSettings,
     Unit,
@@ -49,6 +51,8 @@ from ardrag_rl.training.workers import (
 )
 
 logger = logging.get_logger(__name__)
+
+REFERENCE = "reference.safetensors"  # of a checkpoint, where the reference policy moves
 
 
 class GRPOTrainer(Trainer):
@@ -125,10 +129,13 @@ class GRPOTrainer(Trainer):
             log_prob_reduction=args.log_prob_reduction,
             threads=args.rollout_threads,
             bf16=bool(args.bf16),
-            skip_failures=args.on_reward_error == "skip",
+            skip_failures=args.on_group_error == "skip",
+            limits=Limits(args.reward_timeout, args.reward_memory),
+            timeout=args.rollout_timeout,
+            attempts=args.rollout_attempts,
         )
         self.rollouts: Rollouts = (
-            RayRollouts(self.env, settings, args.rollout_workers)
+            RayRollouts(self.env, settings, policy, args.rollout_workers, args.rollout_gpus)
             if args.rollout_workers
             else LocalRollouts(self.env, settings)
         )
@@ -150,11 +157,13 @@ class GRPOTrainer(Trainer):
         while num_iterations is 1 and steps_per_generation is gradient_accumulation_steps.
         """
         self._step, self._buffer = None, []
+        if self.args.save_strategy != "no":
+            self._check_room()
         try:
             return super().train(*args, **kwargs)
         except Exception as error:
-            if self._step is None:  # nothing was trained yet
-                raise
+            if self._step is None or (isinstance(error, OSError) and error.errno == errno.ENOSPC):
+                raise  # nothing was trained yet, or nothing can be saved
             self._save_checkpoint(self.model_wrapped, trial=None)
             folder = Path(self.args.output_dir or ".") / f"checkpoint-{self.state.global_step}"
             error.add_note(f"The run stopped; its checkpoint is saved in {folder}. To go on: resume_from_checkpoint.")
@@ -223,6 +232,30 @@ class GRPOTrainer(Trainer):
         elif self.args.should_save:
             merged(self.policy).save_pretrained(output_dir or self.args.output_dir or ".")
 
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        self._check_room()
+        super()._save_checkpoint(*args, **kwargs)
+
+    def _check_room(self) -> None:
+        if self.args.should_save and self.args.output_dir:
+            Path(self.args.output_dir).mkdir(parents=True, exist_ok=True)
+            trained = sum(p.numel() * p.itemsize for p in self.policy.parameters() if p.requires_grad)
+            size = 3 * trained + sum(p.nbytes for p in self._synced_reference().values())  # with AdamW's two averages
+            check_room(self.args.output_dir, size + 2**20)
+
+    def _synced_reference(self) -> dict[str, Tensor]:
+        """Weights of the reference where training moves it, else none."""
+        if self._reference is None or not self.args.sync_ref_model:
+            return {}
+        return {name: p.detach() for name, p in self._reference.named_parameters()}
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if reference := self._synced_reference():
+            saved = safetensors.torch.load_file(Path(resume_from_checkpoint) / REFERENCE)
+            for name, value in reference.items():
+                value.copy_(saved[name])
+
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         if self.args.should_save:
             folder = Path(output_dir or self.args.output_dir or ".")
@@ -230,6 +263,8 @@ class GRPOTrainer(Trainer):
             state = state_dict if state_dict is not None else trainable_state(self.policy)
             tensors = {name: value.detach().cpu().contiguous() for name, value in state.items()}
             safetensors.torch.save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+            if reference := self._synced_reference():
+                safetensors.torch.save_file({k: v.cpu().contiguous() for k, v in reference.items()}, folder / REFERENCE)
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         if load_result.unexpected_keys:

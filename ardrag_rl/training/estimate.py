@@ -1,0 +1,180 @@
+"""Estimate: what an update will take, from the model's own code run on tensors without data."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from ardrag_rl.flow import Schedule
+from ardrag_rl.policies import CausalWanTransformer3DModel, VideoPolicy
+from ardrag_rl.policies.chunks import Conditions
+from ardrag_rl.policies.generate import generate_latents
+from ardrag_rl.rollout import Plan, Rollout
+from ardrag_rl.training.config import GRPOConfig
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Of one update of one learner process.
+
+    Attributes:
+        groups, videos: rolled out; actions: taken in all of them; scored: of these, what is trained on.
+        parameters, trainable: numbers of the policy.
+        rollout_flops, learner_flops: of the transformer alone.
+        rollout_seconds, learner_seconds: these at the speed of a large matrix product, which is a lower bound.
+        model_bytes: weights, their gradients, AdamW's two averages, and the reference policy's weights.
+        activation_bytes: what a micro-batch keeps for its backward pass.
+        rollout_bytes: KV cache of the videos rolled out together.
+    """
+
+    groups: int
+    videos: int
+    actions: int
+    scored: int
+    parameters: int
+    trainable: int
+    rollout_flops: float
+    learner_flops: float
+    rollout_seconds: float
+    learner_seconds: float
+    model_bytes: int
+    activation_bytes: int
+    rollout_bytes: int
+
+    def __str__(self) -> str:
+        gib = 2**30
+        return "\n".join(
+            (
+                f"an update of one process: {self.groups} groups, {self.videos} videos, {self.actions} actions, of "
+                f"which {self.scored} are trained on",
+                f"parameters: {self.parameters:,}, trainable {self.trainable:,}",
+                f"compute, transformer only: rollout {self.rollout_flops / 1e12:.2f} TFLOP, learner "
+                f"{self.learner_flops / 1e12:.2f} TFLOP",
+                f"time at this device's matrix product, at least: rollout {self.rollout_seconds:.1f} s, learner "
+                f"{self.learner_seconds:.1f} s; codec and rewards come on top",
+                f"memory of the learner: model {self.model_bytes / gib:.2f} GiB, activations of a micro-batch "
+                f"{self.activation_bytes / gib:.2f} GiB",
+                f"memory of a rollout: KV cache {self.rollout_bytes / gib:.2f} GiB; codec and rewards come on top",
+            )
+        )
+
+
+def estimate(
+    policy: VideoPolicy, args: GRPOConfig, num_frames: int, latent_shape: tuple[int, ...], text_shape: tuple[int, ...]
+) -> Estimate:
+    """What an update takes.
+
+    Args:
+        policy: whose parameters count; nothing is computed with them.
+        args: of the run.
+        num_frames: F, latent frames.
+        latent_shape: (C, h, w); text_shape: (L, D).
+    """
+    assert args.num_generations and args.groups_per_batch
+    plan, dtype = args.plan(0, policy.schedule.num_steps), torch.bfloat16 if args.bf16 else torch.float32
+    groups = args.groups_per_generation
+    videos, together = groups * args.num_generations, args.groups_per_batch * args.num_generations
+    micro = args.per_device_train_batch_size
+    with FakeTensorMode(), torch.autocast(policy.device.type, torch.bfloat16, enabled=bool(args.bf16)):
+        fake = VideoPolicy(CausalWanTransformer3DModel.from_config(policy.transformer.config), policy.schedule)
+        given = _conditions(together, num_frames, latent_shape, text_shape)
+        with FlopCounterMode(display=False) as acted:
+            generate_latents(fake, plan, given)
+        entry = fake.transformer(fake.transformer.encode_context(given.text), _inputs(fake, given))[1][0]
+        rollout = _rollout(plan, policy.schedule, _conditions(micro, num_frames, latent_shape, text_shape))
+        kept: dict[int, int] = {}
+        own = {p.untyped_storage()._cdata for p in fake.parameters()}
+
+        def keep(x: Tensor) -> Tensor:
+            storage = x.untyped_storage()
+            if storage._cdata not in own:
+                kept[storage._cdata] = storage.nbytes()
+            alive.append(x)  # an address is not given out twice
+            return x
+
+        alive: list[Tensor] = []
+        with FlopCounterMode(display=False) as learned, torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            fake(rollout)
+    activations = sum(kept.values())
+    passes = 3  # forward, and two products for each in the backward pass
+    if args.activation_checkpointing or args.gradient_checkpointing or policy.transformer.is_gradient_checkpointing:
+        layers = len(policy.transformer.blocks)
+        tokens = (num_frames - 1 + num_frames * len(plan.scored)) * latent_shape[1] * latent_shape[2]
+        patch = policy.transformer.config["patch_size"]
+        width = policy.transformer.config["num_attention_heads"] * policy.transformer.config["attention_head_dim"]
+        inputs = layers * micro * tokens // (patch[1] * patch[2]) * width * dtype.itemsize
+        activations, passes = inputs + activations // layers, 4
+    parameters = list(policy.parameters())
+    size = sum(p.numel() for p in parameters)
+    trainable = sum(p.numel() for p in parameters if p.requires_grad)
+    weights = sum(p.numel() * p.itemsize for p in parameters)
+    reference = weights if args.beta and not args.use_peft else 0
+    window = min(policy.transformer.config["window"], num_frames - 1)
+    rate = matmul_rate(policy.device, dtype)
+    rollout_flops = acted.get_total_flops() * videos / together
+    learner_flops = learned.get_total_flops() * passes * videos / micro
+    return Estimate(
+        groups=groups,
+        videos=videos,
+        actions=videos * num_frames * plan.num_steps,
+        scored=videos * num_frames * len(plan.scored),
+        parameters=size,
+        trainable=trainable,
+        rollout_flops=rollout_flops,
+        learner_flops=learner_flops,
+        rollout_seconds=rollout_flops / rate,
+        learner_seconds=learner_flops / rate,
+        model_bytes=weights + reference + 12 * trainable,
+        activation_bytes=activations,
+        rollout_bytes=window * sum(k.nbytes + v.nbytes for k, v in entry.layers),
+    )
+
+
+def matmul_rate(device: torch.device, dtype: torch.dtype, size: int = 2048, seconds: float = 0.5) -> float:
+    """Measured FLOP/s of a product of two size x size matrices."""
+    a = torch.randn(size, size, device=device).to(dtype)
+    b = a.clone()
+
+    def timed(count: int) -> float:
+        start = time.perf_counter()
+        for _ in range(count):
+            a @ b
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter() - start
+
+    once = max(timed(2) / 2, 1e-6)
+    count = max(1, int(seconds / once))
+    return 2 * size**3 * count / timed(count)
+
+
+def _conditions(batch: int, frames: int, latent_shape: tuple[int, ...], text_shape: tuple[int, ...]) -> Conditions:
+    noise = torch.zeros(batch, frames, *latent_shape)
+    return Conditions(noise, noise, noise, torch.zeros(batch, *text_shape))
+
+
+def _inputs(policy: VideoPolicy, given: Conditions) -> Tensor:
+    return policy.frame_inputs(given.noise, given.reference, given.trajectory)[:, :1]
+
+
+def _rollout(plan: Plan, schedule: Schedule, given: Conditions) -> Rollout:
+    batch, frames = given.noise.shape[:2]
+    per_frame = torch.zeros(batch, frames)
+    return Rollout(
+        trajectory=given.trajectory,
+        reference=given.reference,
+        text=given.text,
+        latents=given.noise[:, :, None].expand(-1, -1, plan.num_steps + 1, *(-1,) * 3),
+        plan=plan,
+        schedule=schedule,
+        log_probs=torch.zeros(batch, frames, len(plan.scored)),
+        rewards=per_frame,
+        reward_terms={},
+        task_ids=("",) * batch,
+        groups=torch.zeros(batch, dtype=torch.long),
+    )

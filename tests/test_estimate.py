@@ -1,0 +1,100 @@
+"""The plan of a run: what an update takes, by the model's own code on tensors without data."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from ardrag_rl.envs import ARDragVectorEnv
+from ardrag_rl.flow import Kernel
+from ardrag_rl.policies import VideoPolicy
+from ardrag_rl.training.collect import collect
+from ardrag_rl.training.config import GRPOConfig
+from ardrag_rl.training.estimate import estimate
+
+SCRIPT = Path(__file__).parent.parent / "experiments" / "grpo.py"
+FRAMES, GROUP, MICRO = 5, 3, 2
+
+
+@pytest.fixture(scope="module")
+def policy(tiny_pipeline):
+    return VideoPolicy.from_pretrained(tiny_pipeline)
+
+
+@pytest.fixture(scope="module")
+def envs(tiny_pipeline):
+    return ARDragVectorEnv(2 * GROUP, str(tiny_pipeline), "sprites", ["dynamic_degree"], num_frames=FRAMES)
+
+
+def config(folder, **changes):
+    given = dict(num_generations=GROUP, per_device_train_batch_size=MICRO, gradient_accumulation_steps=6)
+    return GRPOConfig(str(folder), use_cpu=True, groups_per_batch=2, report_to="none", **given | changes)
+
+
+def of(policy, envs, args):
+    space = envs.single_observation_space
+    return estimate(policy, args, FRAMES, space["latents"].shape[1:], space["text"].shape)
+
+
+def observation(envs, size, frame, step):
+    space = envs.single_observation_space
+    obs = {key: torch.zeros(size, *space[key].shape) for key in ("latents", "reference", "trajectory", "text")}
+    return obs | {"frame": torch.full((size, 1), frame), "step": torch.full((size, 1), step)}
+
+
+def test_the_estimate_is_what_the_code_does(policy, envs, tmp_path):
+    args = config(tmp_path)
+    said = of(policy, envs, args)
+    assert (said.groups, said.videos, said.actions, said.scored) == (4, 12, 12 * FRAMES * 3, 12 * FRAMES)
+    assert said.parameters == said.trainable == sum(p.numel() for p in policy.parameters())
+    assert said.model_bytes == 16 * said.parameters  # weights, gradients, two averages, 4 bytes each
+
+    size, session = 2 * GROUP, policy.session(2 * GROUP)
+    with FlopCounterMode(display=False) as acted:
+        for m in range(FRAMES):
+            for n in range(3):
+                session.transition(observation(envs, size, m, n), Kernel("ode"))
+    assert said.rollout_flops == pytest.approx(2 * acted.get_total_flops(), rel=0.02)
+    held = sum(k.nbytes + v.nbytes for e in session._cache.entries for k, v in e.layers)
+    assert said.rollout_bytes == held  # the window is full
+
+    rollout = collect(envs, policy, args.plan(0, 3), 0, tasks=[0, 1])
+    kept, alive, own = {}, [], {p.untyped_storage().data_ptr() for p in policy.parameters()}
+
+    def keep(x):
+        alive.append(x)
+        if x.untyped_storage().data_ptr() not in own:
+            kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    part = rollout.select(range(MICRO))
+    with FlopCounterMode(display=False) as learned:
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            mean = policy(part).mean
+        mean.sum().backward()
+    policy.zero_grad()
+    assert said.learner_flops == pytest.approx(6 * learned.get_total_flops(), rel=0.1)
+    assert said.activation_bytes == pytest.approx(sum(kept.values()), rel=0.05)
+
+
+def test_settings_show_in_the_estimate(policy, envs, tmp_path):
+    plain = of(policy, envs, config(tmp_path))
+    saving = of(policy, envs, config(tmp_path, activation_checkpointing=True))
+    assert saving.activation_bytes < 0.7 * plain.activation_bytes and saving.learner_flops > plain.learner_flops
+    every = of(policy, envs, config(tmp_path, exploration="every"))
+    assert every.scored == 2 * plain.scored and every.learner_flops > 1.2 * plain.learner_flops
+    anchored = of(policy, envs, config(tmp_path, beta=0.1))
+    assert anchored.model_bytes == plain.model_bytes + 4 * plain.parameters
+
+
+@pytest.mark.slow
+def test_a_dry_run_prints_the_plan_and_writes_nothing(tiny_pipeline, tmp_path):
+    folder = tmp_path / "run"
+    command = [sys.executable, str(SCRIPT), "--dry_run", "true", "--output_dir", str(folder), "--use_cpu", "true"]
+    done = subprocess.run([*command, "--pipeline", str(tiny_pipeline)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "8 groups, 96 videos, 4608 actions, of which 1536 are trained on" in done.stdout
+    assert "memory of the learner" in done.stdout and not folder.exists()
