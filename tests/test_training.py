@@ -297,36 +297,42 @@ PROCESS = """
 import sys
 import torch
 from ardrag_rl.training.config import GRPOConfig
+from ardrag_rl.training.lora import trainable_state
 from ardrag_rl.training.trainer import GRPOTrainer
 
-pipeline, folder, videos = sys.argv[1:]
+pipeline, folder, videos, workers = sys.argv[1:]
 args = GRPOConfig(
     output_dir=folder, per_device_train_batch_size=int(videos), gradient_accumulation_steps=2, num_generations=4,
     num_frames=3, max_steps=2, learning_rate=1.0, optim="sgd", max_grad_norm=0.0, report_to="none", disable_tqdm=True,
-    save_strategy="no", use_cpu=True, rollout_threads=1, stochastic_step=0,
+    save_strategy="no", use_cpu=True, rollout_threads=1, stochastic_step=0, rollout_workers=int(workers),
 )
 trainer = GRPOTrainer(pipeline, args, tasks="sprites", rewards=["smoothness"])
 trainer.train()
-weights = torch.cat([p.detach().flatten() for p in trainer.policy.parameters()])
+weights = torch.cat([p.flatten() for p in trainable_state(trainer.policy).values()])
 torch.save(weights, f"{folder}/{args.process_index}.pt")
+trainer.save_model()
 trainer.accelerator.end_training()
 """
+TESTS = Path(__file__).parent
 
 
 @pytest.mark.slow
-def test_two_processes_make_the_update_of_one(tiny_pipeline, tmp_path):
+@pytest.mark.parametrize(
+    "workers, launcher", [(0, []), (2, []), (0, [str(TESTS / "sharded.py")])], ids=["data parallel", "one Ray", "FSDP"]
+)
+def test_two_processes_make_the_update_of_one(tiny_pipeline, tmp_path, workers, launcher):
     """2 x 2 videos per micro-batch against 4: gradients sync, and each process rolls out half of the groups."""
     script = tmp_path / "process.py"
     script.write_text(PROCESS)
-    for folder, count in (("one", 1), ("two", 2)):
+    for folder, count, more, actors in (("one", 1, [], 0), ("two", 2, launcher, workers)):
         (tmp_path / folder).mkdir()
-        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count)]
-        command = [*launch, str(script), str(tiny_pipeline), str(tmp_path / folder), str(4 // count)]
-        done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent.parent)
+        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count), *more]
+        command = [*launch, *map(str, (script, tiny_pipeline, tmp_path / folder, 4 // count, actors))]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=TESTS.parent)
         assert done.returncode == 0, done.stderr[-3000:]
     one, first, second = (torch.load(tmp_path / f, weights_only=True) for f in ("one/0.pt", "two/0.pt", "two/1.pt"))
     start = weights(VideoPolicy.from_pretrained(tiny_pipeline))
-    assert torch.equal(first, second)
+    assert torch.equal(first, second) and torch.equal(first, weights(VideoPolicy.from_pretrained(tmp_path / "two")))
     assert (one - start).norm() > 0
     assert (one - first).norm() < 1e-3 * (one - start).norm()
 

@@ -84,10 +84,10 @@ class RayRollouts:
             RewardError: a reward failed.
             RolloutError: a unit failed as often as the settings allow.
         """
-        import ray
-
         if self._start is None:
             self._connect(policy)
+        import ray  # after it is known how to connect
+
         self._version += 1
         weights = ray.put({name: p.cpu().numpy() for name, p in trainable_state(policy).items()})
         try:
@@ -161,9 +161,9 @@ class RayRollouts:
         self._actors, self._start = [], None
 
     def _connect(self, policy: VideoPolicy) -> None:
+        join_ray(self._num_workers, self._num_gpus)
         import ray
 
-        join_ray(self._num_workers, self._num_gpus)
         here = self._num_workers // PartialState().num_processes
         gpus = float(self._num_gpus)
         if not gpus and policy.device.type == "cuda":  # a learner sits on these devices too
@@ -182,20 +182,25 @@ def join_ray(num_cpus: int, num_gpus: int = 0) -> None:
         num_cpus: of the one that is started.
         num_gpus: that it has, the machine's last; 0: all.
     """
+    state = PartialState()
+    if not state.is_main_process:
+        address, mode = broadcast_object_list([None, None])
+        if mode is not None:
+            os.environ["RAY_AUTH_MODE"] = mode  # Ray reads it when it is imported
+        import ray
+
+        if not ray.is_initialized():
+            ray.init(address=address, log_to_driver=False)
+        return
     import ray
 
-    state = PartialState()
-    if state.is_main_process and not ray.is_initialized():
-        if os.environ.get("RAY_ADDRESS"):
-            ray.init(log_to_driver=False)
-        else:
-            with _last_gpus(num_gpus):
-                ray.init(num_cpus=num_cpus, num_gpus=num_gpus or None, include_dashboard=False, log_to_driver=False)
+    if not ray.is_initialized() and os.environ.get("RAY_ADDRESS"):
+        ray.init(log_to_driver=False)
+    elif not ray.is_initialized():
+        with _last_gpus(num_gpus):
+            ray.init(num_cpus=num_cpus, num_gpus=num_gpus or None, include_dashboard=False, log_to_driver=False)
     if state.num_processes > 1:
-        address = [ray.get_runtime_context().gcs_address if state.is_main_process else None]
-        broadcast_object_list(address)
-        if not ray.is_initialized():
-            ray.init(address=address[0], log_to_driver=False)
+        broadcast_object_list([ray.get_runtime_context().gcs_address, os.environ.get("RAY_AUTH_MODE")])
 
 
 @contextlib.contextmanager

@@ -39,6 +39,7 @@ from ardrag_rl.training.config import GRPOConfig, reward_spec
 from ardrag_rl.training.lora import add_lora, has_lora, lora_disabled, merged, trainable_state
 from ardrag_rl.training.progress import RewardProgress
 from ardrag_rl.training.ray_rollouts import RayRollouts
+from ardrag_rl.training.sharded import whole
 from ardrag_rl.training.stats import loss_stats
 from ardrag_rl.training.workers import (
     EnvSpec,
@@ -113,6 +114,8 @@ class GRPOTrainer(Trainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
+        # what FSDP shards can neither be copied nor saved as it is
+        self._skeleton = copy.deepcopy(policy).to("meta") if self.is_fsdp_enabled else None
         if self._reference is not None:
             self._reference.to(args.device)
         if args.sync_ref_model:
@@ -162,8 +165,9 @@ class GRPOTrainer(Trainer):
         try:
             return super().train(*args, **kwargs)
         except Exception as error:
-            if self._step is None or (isinstance(error, OSError) and error.errno == errno.ENOSPC):
-                raise  # nothing was trained yet, or nothing can be saved
+            alone = self.accelerator.num_processes == 1  # others would wait for this one while it saves
+            if self._step is None or not alone or (isinstance(error, OSError) and error.errno == errno.ENOSPC):
+                raise
             self._save_checkpoint(self.model_wrapped, trial=None)
             folder = Path(self.args.output_dir or ".") / f"checkpoint-{self.state.global_step}"
             error.add_note(f"The run stopped; its checkpoint is saved in {folder}. To go on: resume_from_checkpoint.")
@@ -229,8 +233,14 @@ class GRPOTrainer(Trainer):
         """
         if _internal_call:
             super().save_model(output_dir, _internal_call)
-        elif self.args.should_save:
-            merged(self.policy).save_pretrained(output_dir or self.args.output_dir or ".")
+            return
+        policy = self.policy
+        if self._skeleton is not None:
+            state = {name: whole(value) for name, value in policy.state_dict().items()}
+            policy = copy.deepcopy(self._skeleton)
+            policy.load_state_dict(state, assign=True)
+        if self.args.should_save:
+            merged(policy).save_pretrained(output_dir or self.args.output_dir or ".")
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         self._check_room()
@@ -260,7 +270,9 @@ class GRPOTrainer(Trainer):
         if self.args.should_save:
             folder = Path(output_dir or self.args.output_dir or ".")
             folder.mkdir(parents=True, exist_ok=True)
-            state = state_dict if state_dict is not None else trainable_state(self.policy)
+            trained = {name for name, p in self.policy.named_parameters() if p.requires_grad}
+            state = trainable_state(self.policy) if state_dict is None else state_dict
+            state = {name: value for name, value in state.items() if name in trained}
             tensors = {name: value.detach().cpu().contiguous() for name, value in state.items()}
             safetensors.torch.save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
             if reference := self._synced_reference():
