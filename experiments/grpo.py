@@ -24,6 +24,7 @@ import shutil
 import sys
 import time
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 from tqdm import tqdm
@@ -35,8 +36,10 @@ from ardrag_rl.training.checkpoints import last_checkpoint
 from ardrag_rl.training.config import GRPOConfig, reward_weights
 from ardrag_rl.training.estimate import Estimate, estimate
 from ardrag_rl.training.evaluate import Evaluation, evaluate
+from ardrag_rl.training.heldout import HeldOut
 from ardrag_rl.training.lora import add_lora
 from ardrag_rl.training.report import format_table, write_report
+from ardrag_rl.training.sharded import unsharded
 from ardrag_rl.training.trainer import GRPOTrainer
 from ardrag_rl.training.workers import EnvSpec
 
@@ -54,6 +57,9 @@ class ScriptArguments:
     eval_size: int = field(default=256, metadata={"help": "Held-out tasks of the evaluation; all-renoise: a quarter."})
     eval_batch: int = field(default=32, metadata={"help": "Videos generated at once in it."})
     eval_videos: int = field(default=6, metadata={"help": "Videos of before_after.gif."})
+    watch_every: int = field(
+        default=0, metadata={"help": "Updates between looks at a batch of held-out tasks, logged; 0: no looks."}
+    )
     resume: bool = field(default=False, metadata={"help": "Go on from the last checkpoint of output_dir."})
     overwrite: bool = field(default=False, metadata={"help": "Delete the run that output_dir holds."})
     dry_run: bool = field(default=False, metadata={"help": "Print what an update takes, and stop."})
@@ -73,6 +79,9 @@ def main() -> None:
     judge = Judge(trainer, script)
     if script.overwrite and args.should_save:
         clear(folder)  # only now, when all that can be wrong with the settings is known
+    if script.watch_every:
+        look = partial(judge, "held-out", tasks=script.eval_batch)
+        trainer.add_callback(HeldOut(trainer, look, script.watch_every, folder / "heldout"))
     start = time.perf_counter()
     before, before_renoise = judge("before"), judge("before, renoise", "renoise")
     trained = time.perf_counter()
@@ -117,12 +126,14 @@ class Judge:
         self._envs = replace(trainer.env, tasks=tasks).make(script.eval_batch)
         self._tasks = range(min(script.eval_size, len(self._envs.source)))
 
-    def __call__(self, label: str, kernel: str = "ode") -> Evaluation:
+    def __call__(self, label: str, kernel: str = "ode", tasks: int | None = None) -> Evaluation:
+        """Of the first so many tasks; unset: all, or a quarter where the kernel is not ode."""
         plan = Plan.all(kernel, self._policy.schedule.num_steps)
-        tasks = self._tasks if kernel == "ode" else self._tasks[: max(1, len(self._tasks) // 4)]
-        with tqdm(total=len(tasks), desc=label, unit="video") as bar:
+        count = len(self._tasks) if kernel == "ode" else max(1, len(self._tasks) // 4)
+        chosen = self._tasks[: tasks or count]
+        with unsharded(self._policy), tqdm(total=len(chosen), desc=label, unit="video") as bar:
             return evaluate(
-                self._envs, self._policy, tasks, plan, self._seed, self._videos,
+                self._envs, self._policy, chosen, plan, self._seed, self._videos,
                 progress=lambda done: bar.update(done - bar.n),
             )  # fmt: skip
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import TrainerCallback
 
 from ardrag_rl.envs import ARDragVectorEnv
@@ -539,7 +540,7 @@ def test_script_runs_to_its_report(tiny_pipeline, tmp_path):
         *(sys.executable, str(root / "experiments/grpo.py")),
         *("--config", str(root / "experiments/configs/grpo-quick.yaml")),
         *("--pipeline", str(tiny_pipeline), "--tasks", "sprites", "--output_dir", str(run), "--use_cpu", "True"),
-        *("--rewards", '{"motion": 1.0, "smoothness": 0.1}'),
+        *("--rewards", '{"motion": 1.0, "smoothness": 0.1}', "--watch_every", "1"),
     ]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -547,6 +548,9 @@ def test_script_runs_to_its_report(tiny_pipeline, tmp_path):
     assert report["tasks"] == 8 and {"motion", "smoothness", "dynamic_degree", "motion_error"} == set(report["terms"])
     assert set(report["terms"]["motion"]["difference"]) == {"mean", "low", "high", "n"}
     assert {"before_renoise", "after_renoise"} == set(report["others"])
+    assert sorted(p.name for p in (run / "heldout").iterdir()) == ["000001.gif", "000002.gif"]
+    events = EventAccumulator(str(next((run / "logs").rglob("events*")).parent)).Reload()
+    assert len(events.Scalars("train/heldout/motion")) == 2 and len(events.Images("heldout")) == 2
     assert (run / "curves.png").exists() and (run / "before_after.gif").exists() and list((run / "logs").iterdir())
     VideoPolicy.from_pretrained(run)
     for flags, says in (

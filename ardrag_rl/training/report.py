@@ -111,7 +111,7 @@ def write_report(
     partial.replace(folder / "report.json")
     draw_curves(folder / "curves.png", history)
     if len(before.videos) and len(after.videos):
-        draw_before_after(folder / "before_after.gif", before, after)
+        draw_videos(folder / "before_after.gif", [before, after])
     return comparisons
 
 
@@ -155,13 +155,13 @@ def smooth(y: np.ndarray, window: int) -> np.ndarray:
     return np.convolve(y, kernel, "same") / np.convolve(np.ones(len(y)), kernel, "same")
 
 
-def draw_before_after(path: Path, before: Evaluation, after: Evaluation, fps: int = 8) -> None:
-    """A GIF, a column for each kept task: before above, after below, the drag path on both (Fig. 5)."""
+def draw_videos(path: Path, rows: Sequence[Evaluation], fps: int = 8) -> None:
+    """A GIF, a column for each kept task and a row for each evaluation, the drag path on all (Fig. 5)."""
     from ardrag_rl.envs import draw_drag
     from ardrag_rl.media import write_gif
 
     def row(e: Evaluation, t: int) -> np.ndarray:
         return np.concatenate([draw_drag(v[t], c, t, size=128) for v, c in zip(e.videos, e.controls, strict=True)], 1)
 
-    frames = range(before.videos.shape[1])
-    write_gif(path, np.stack([np.concatenate([row(before, t), row(after, t)], 0) for t in frames]), fps)
+    frames = range(rows[0].videos.shape[1])
+    write_gif(path, np.stack([np.concatenate([row(e, t) for e in rows], 0) for t in frames]), fps)

@@ -217,6 +217,10 @@ class GRPOTrainer(Trainer):
         loss = self._algorithm(steps, rollout, self.args)
         return (loss, steps) if return_outputs else loss
 
+    def note(self, name: str, value: float) -> None:
+        """A number for the next log."""
+        self._metrics[name].append(value)
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the means of what was measured since the last log."""
         means = {name: float(np.mean(values)) for name, values in sorted(self._metrics.items()) if values}
