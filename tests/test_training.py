@@ -252,6 +252,8 @@ def test_two_updates_move_the_policy_and_save_a_pipeline(tiny_pipeline, tmp_path
         "seconds/env",
         "seconds/micro_batch",
         "videos_per_second",
+        "memory/peak_gib",
+        "staleness",
         "stochastic_step",
     ):
         assert name in logs[0], name

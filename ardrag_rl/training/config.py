@@ -125,6 +125,9 @@ class GRPOConfig(trl.GRPOConfig):
         default=None,
         metadata={"help": "Groups rolled out in one batch, the unit of work; unset: the largest divisor up to 4."},
     )
+    max_staleness: int = field(
+        default=0, metadata={"help": "1: actors roll out the next generation during an update, one update behind."}
+    )
     rollout_gpus: int = field(default=0, metadata={"help": "GPUs kept for them; 0: they share the learner's."})
     rollout_timeout: float | None = field(
         default=3600.0, metadata={"help": "Seconds after which an actor's batch of groups is run again elsewhere."}
@@ -184,6 +187,11 @@ class GRPOConfig(trl.GRPOConfig):
         for name in ("num_iterations", "num_frames", "height", "width", "rollout_attempts"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: expected 1 or more.")
+        if self.max_staleness not in (0, 1) or (self.max_staleness and not self.rollout_workers):
+            raise ValueError(
+                f"max_staleness={self.max_staleness} with rollout_workers={self.rollout_workers}: expected 0, or 1 "
+                "with workers that roll out beside the learner."
+            )
         if self.rollout_gpus and not self.rollout_workers:
             raise ValueError(f"rollout_gpus={self.rollout_gpus}: they are for actors, and rollout_workers is 0.")
         if self.rollout_workers < 0 or (self.groups_per_batch is not None and self.groups_per_batch < 1):

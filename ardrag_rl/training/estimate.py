@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import resource
+import sys
 import time
 from dataclasses import dataclass
 
@@ -151,6 +153,14 @@ def matmul_rate(device: torch.device, dtype: torch.dtype, size: int = 2048, seco
     once = max(timed(2) / 2, 1e-6)
     count = max(1, int(seconds / once))
     return 2 * size**3 * count / timed(count)
+
+
+def peak_memory(device: torch.device) -> float:
+    """GiB that this process has held at most so far: on the GPU, or of resident memory where it runs on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    unit = 1 if sys.platform == "darwin" else 1024  # what the kernel counts in
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
 def _conditions(batch: int, frames: int, latent_shape: tuple[int, ...], text_shape: tuple[int, ...]) -> Conditions:

@@ -8,7 +8,8 @@ import logging
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -76,6 +77,7 @@ class RayRollouts:
         self._actors: list[Any] = []
         self._start: Callable[[], Any] | None = None
         self._version = 0
+        self._thread = ThreadPoolExecutor(1)
 
     def run(self, units: Sequence[Unit], policy: VideoPolicy) -> list[UnitResult]:
         """See `Rollouts`.
@@ -84,12 +86,28 @@ class RayRollouts:
             RewardError: a reward failed.
             RolloutError: a unit failed as often as the settings allow.
         """
+        return self._work(units, self._put(policy, trainable_state(policy)))
+
+    def start(
+        self, units: Sequence[Unit], policy: VideoPolicy, weights: Mapping[str, Tensor]
+    ) -> Future[list[UnitResult]]:
+        """`run` under other weights than the policy's own, while the caller does something else; one at a time.
+
+        Args:
+            policy: of the same make, where the learner has it.
+            weights: of `trainable_state`.
+        """
+        return self._thread.submit(self._work, units, self._put(policy, weights))
+
+    def _put(self, policy: VideoPolicy, weights: Mapping[str, Tensor]) -> Any:
         if self._start is None:
             self._connect(policy)
         import ray  # after it is known how to connect
 
         self._version += 1
-        weights = ray.put({name: p.cpu().numpy() for name, p in trainable_state(policy).items()})
+        return ray.put({name: value.cpu().numpy() for name, value in weights.items()})
+
+    def _work(self, units: Sequence[Unit], weights: Any) -> list[UnitResult]:
         try:
             return self._run(units, weights)
         except BaseException:

@@ -33,9 +33,11 @@ from ardrag_rl.policies import VideoPolicy
 from ardrag_rl.rewards import Aesthetic, Limits, RewardError, make_rewards
 from ardrag_rl.rollout import Rollout
 from ardrag_rl.training.advantages import compute_advantages, zero_spread
+from ardrag_rl.training.ahead import Ahead
 from ardrag_rl.training.algorithms import get_algorithm
 from ardrag_rl.training.checkpoints import check_room
 from ardrag_rl.training.config import GRPOConfig, reward_spec
+from ardrag_rl.training.estimate import peak_memory
 from ardrag_rl.training.lora import add_lora, has_lora, lora_disabled, merged, trainable_state
 from ardrag_rl.training.progress import RewardProgress
 from ardrag_rl.training.ray_rollouts import RayRollouts
@@ -54,6 +56,7 @@ from ardrag_rl.training.workers import (
 logger = logging.get_logger(__name__)
 
 REFERENCE = "reference.safetensors"  # of a checkpoint, where the reference policy moves
+BEHIND = "behind.safetensors"  # of a checkpoint, where the next generation is rolled out with older weights
 
 
 class GRPOTrainer(Trainer):
@@ -144,6 +147,9 @@ class GRPOTrainer(Trainer):
         )
         # Eq. 15's score before it is mapped to 1-5, which other work reports
         self._raw = {t.name: t.reward.raw for t in terms if isinstance(t.reward, Aesthetic)}
+        self._ahead: Ahead | None = None
+        self._behind: dict[str, Tensor] = {}  # weights of the generation that a checkpoint was saved in the middle of
+        self._age = 0  # updates since the policy of the present generation
         self._step: int | None = None  # micro-batches so far, over all updates
         self._buffer: list[Rollout] = []
         self._metrics: dict[str, list[float]] = defaultdict(list)
@@ -159,7 +165,10 @@ class GRPOTrainer(Trainer):
         A resumed run equals an uninterrupted one where the checkpoint fell between two generations, as it always does
         while num_iterations is 1 and steps_per_generation is gradient_accumulation_steps.
         """
-        self._step, self._buffer = None, []
+        self._step, self._buffer, self._behind = None, [], {}
+        if isinstance(self.rollouts, RayRollouts) and self.args.max_staleness:
+            last = (self.args.max_steps * self.args.gradient_accumulation_steps - 1) // self._generate_every
+            self._ahead = Ahead(self.rollouts, self._units, last)
         if self.args.save_strategy != "no":
             self._check_room()
         try:
@@ -205,7 +214,8 @@ class GRPOTrainer(Trainer):
         steps: GaussianStep = model(rollout)
         stats = loss_stats(steps, rollout, self.args)
         assert self._step is not None
-        if self._step % self._generate_every < self.args.gradient_accumulation_steps:  # the policy that acted
+        fresh = self._step % self._generate_every < self.args.gradient_accumulation_steps and not self._age
+        if fresh:  # the policy that acted
             self._gate(float(stats.drift_max))
             self._metrics["before_update/ratio"].append(float(stats.ratio_mean))
             self._metrics["before_update/drift_mean"].append(float(stats.drift_mean))
@@ -223,6 +233,8 @@ class GRPOTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the means of what was measured since the last log."""
+        if self._metrics:
+            self.note("memory/peak_gib", peak_memory(self.args.device))
         means = {name: float(np.mean(values)) for name, values in sorted(self._metrics.items()) if values}
         if means and self.accelerator.num_processes > 1:
             vector = torch.tensor(list(means.values()), device=self.accelerator.device)
@@ -254,7 +266,8 @@ class GRPOTrainer(Trainer):
         if self.args.should_save and self.args.output_dir:
             Path(self.args.output_dir).mkdir(parents=True, exist_ok=True)
             trained = sum(p.numel() * p.itemsize for p in self.policy.parameters() if p.requires_grad)
-            size = 3 * trained + sum(p.nbytes for p in self._synced_reference().values())  # with AdamW's two averages
+            extra = trained if self._ahead is not None else 0
+            size = 3 * trained + extra + sum(p.nbytes for p in self._synced_reference().values())  # AdamW has two
             check_room(self.args.output_dir, size + 2**20)
 
     def _synced_reference(self) -> dict[str, Tensor]:
@@ -269,6 +282,8 @@ class GRPOTrainer(Trainer):
             saved = safetensors.torch.load_file(Path(resume_from_checkpoint) / REFERENCE)
             for name, value in reference.items():
                 value.copy_(saved[name])
+        if self._ahead is not None and (Path(resume_from_checkpoint) / BEHIND).is_file():
+            self._behind = safetensors.torch.load_file(Path(resume_from_checkpoint) / BEHIND)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         if self.args.should_save:
@@ -279,8 +294,10 @@ class GRPOTrainer(Trainer):
             state = {name: value for name, value in state.items() if name in trained}
             tensors = {name: value.detach().cpu().contiguous() for name, value in state.items()}
             safetensors.torch.save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-            if reference := self._synced_reference():
-                safetensors.torch.save_file({k: v.cpu().contiguous() for k, v in reference.items()}, folder / REFERENCE)
+            behind = {} if self._ahead is None else self._ahead.weights
+            for extra, name in ((self._synced_reference(), REFERENCE), (behind, BEHIND)):
+                if extra:
+                    safetensors.torch.save_file({k: v.cpu().contiguous() for k, v in extra.items()}, folder / name)
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         if load_result.unexpected_keys:
@@ -312,27 +329,41 @@ class GRPOTrainer(Trainer):
 
     def _generate(self, generation: int) -> list[Rollout]:
         """Rolls out this process's groups and returns them as scored micro-batches."""
-        args, count = self.args, self.args.groups_per_generation
-        assert args.steps_per_generation and args.num_generations and args.groups_per_batch
-        first = args.process_index * count
-        groups = tuple(range(first, first + count))
-        positions = tuple(generation * count * args.world_size + g for g in groups)
-        plan = args.plan(generation, self.policy.schedule.num_steps)
-        n = args.groups_per_batch
-        units = [
-            Unit((args.seed, generation), plan, groups[i : i + n], positions[i : i + n]) for i in range(0, count, n)
-        ]
-        result = join_results(self.rollouts.run(units, self.policy))
+        args = self.args
+        assert args.steps_per_generation and args.num_generations
+        results, self._age = self._roll_out(generation)
+        self._metrics["staleness"].append(float(self._age))
+        result = join_results(results)
         self._metrics["failed_groups"].append(float(len(result.failures)))
         if result.rollout is None:
             raise RewardError(f"every group of update {generation} failed; the first said: {result.failures[0]}")
         rollout = result.rollout
         advantages = compute_advantages(rollout.rewards, rollout.groups, args.scale_rewards, args.credit)  # type: ignore[arg-type]
-        self._record(result, advantages, plan.scored[0])
-        rollout = _fill(replace(rollout, advantages=advantages), count * args.num_generations)
+        self._record(result, advantages, rollout.plan.scored[0])
+        size = args.groups_per_generation * args.num_generations
+        rollout = _fill(replace(rollout, advantages=advantages), size)
         order = np.random.default_rng([args.seed, generation]).permutation(len(rollout))
         parts = [rollout.select(part.tolist()) for part in np.array_split(order, args.steps_per_generation)]
         return [replace(part, ref_steps=self._reference_steps(part)) for part in parts] if args.beta else parts
+
+    def _roll_out(self, generation: int) -> tuple[list[UnitResult], int]:
+        """The results of a generation, and how many updates ago their policy was this one."""
+        if self._ahead is None:
+            return self.rollouts.run(self._units(generation), self.policy), 0
+        if self._behind:  # resumed: it was under way when the checkpoint was saved
+            self._ahead.begin(generation, self.policy, self._behind)
+            self._behind = {}
+        return self._ahead.take(generation, self.policy)
+
+    def _units(self, generation: int) -> list[Unit]:
+        """What this process rolls out of a generation."""
+        args, count = self.args, self.args.groups_per_generation
+        assert args.groups_per_batch
+        first, n = args.process_index * count, args.groups_per_batch
+        plan = args.plan(generation, self.policy.schedule.num_steps)
+        start = generation * count * args.world_size
+        parts = (tuple(range(g, g + n)) for g in range(first, first + count, n))
+        return [Unit((args.seed, generation), plan, part, tuple(start + g for g in part)) for part in parts]
 
     @torch.no_grad()
     def _reference_steps(self, rollout: Rollout) -> GaussianStep:
