@@ -23,6 +23,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -65,7 +66,7 @@ class BenchmarkArguments:
 
 
 @dataclass(frozen=True)
-class Ratio:
+class Measured:
     """Slow over fast, by medians of seconds.
 
     Attributes:
@@ -107,26 +108,32 @@ def main() -> None:
         )
     torch.set_num_threads(args.threads)
     bench = Bench(args)
-    ratios: list[Ratio] = []
+    ratios: list[Measured] = []
     share = None
     for name in args.only:
         if name == "outside":
             share = bench.outside()
         else:
             ratios += getattr(bench, name)()
+    write_results(Path(args.output_dir), "benchmark", ratios, share, bench.policy, args)
+
+
+def write_results(
+    folder: Path, name: str, ratios: list[Measured], share: Share | None, policy: VideoPolicy, args: Any
+) -> None:
+    """Writes name.md and name.json, and prints the first."""
     facts = {
-        "machine": f"{platform.processor() or platform.machine()}, {args.threads} threads, {args.device}",
+        "machine": f"{platform.processor() or platform.machine()}, {args.threads} threads, {policy.device}",
         "torch": torch.__version__,
-        "parameters": sum(p.numel() for p in bench.policy.parameters()),
+        "parameters": sum(p.numel() for p in policy.parameters()),
         "arguments": vars(args),
     }
     text = format_markdown(ratios, share, facts)
-    folder = Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "benchmark.md").write_text(text)
+    (folder / f"{name}.md").write_text(text)
     measured = {"ratios": [asdict(r) for r in ratios], "share": None if share is None else asdict(share)}
-    write_json(folder / "benchmark.json", measured | {"facts": facts})
-    print(f"\n{text}\n{folder}/: benchmark.json, benchmark.md")
+    write_json(folder / f"{name}.json", measured | {"facts": facts})
+    print(f"\n{text}\n{folder}/: {name}.json, {name}.md")
 
 
 class Bench:
@@ -138,7 +145,7 @@ class Bench:
         self.group_envs = self._envs(args.group)
         self._group_rollout = collect(self.group_envs, self.policy, PLAN, 0, tasks=[0])
 
-    def cache(self) -> list[Ratio]:
+    def cache(self) -> list[Measured]:
         """KV cache against recomputation."""
         r = self._group_rollout.to(self.policy.device)
         given = Conditions(r.latents[:, :, 0], r.trajectory, r.reference, r.text, r.image)
@@ -154,7 +161,7 @@ class Bench:
         what = f"recomputing the history at every step / KV cache ({len(r)} videos of {r.num_frames} frames)"
         return [self._ratio(what, recomputed, cached)]
 
-    def replay(self) -> list[Ratio]:
+    def replay(self) -> list[Measured]:
         """One-pass replay against frame by frame, forward and backward."""
         config = GRPOConfig(use_cpu=True, report_to="none")
         assert config.num_generations is not None
@@ -162,24 +169,24 @@ class Bench:
             "one group": (config.num_generations, "at least 3"),
             "a micro-batch of the default": (config.per_device_train_batch_size, ""),
         }
-        ratios = []
+        ratios, step_by_step = [], partial(replay_step_by_step, self.policy)
         for name, (size, target) in sizes.items():
             rows = [i % len(self._group_rollout) for i in range(size)]
             rollout = self._group_rollout.select(rows).to(self.policy.device)
-            one, many = self._gradient(rollout, self.policy), self._gradient(rollout, self._step_by_step)
+            one, many = self._gradient(rollout, self.policy), self._gradient(rollout, step_by_step)
             error = (one - many).norm() / one.norm()
             if not error < 1e-3:
                 raise SystemExit(f"one-pass and step-by-step replay differ by {float(error):.1e} of the gradient.")
             what = f"step-by-step replay / one pass, forward and backward ({name}: {size} videos)"
             many_pass, one_pass = (
-                lambda rollout=rollout: self._gradient(rollout, self._step_by_step),
+                lambda rollout=rollout: self._gradient(rollout, step_by_step),
                 lambda rollout=rollout: self._gradient(rollout, self.policy),
             )
             ratios.append(self._ratio(what, many_pass, one_pass, target))
         self.policy.zero_grad()
         return ratios
 
-    def group(self) -> list[Ratio]:
+    def group(self) -> list[Measured]:
         """A batched group against a loop."""
         size, single = self.args.group, self._envs(1)
         env = ARDragEnv(self.args.pipeline, self.args.tasks, num_frames=self.args.num_frames, device=self.args.device)
@@ -226,7 +233,7 @@ class Bench:
             float(np.median(totals)), {k: float(np.sum([t[k] for t in turns]) / np.sum(totals)) for k in names}
         )
 
-    def growth(self) -> list[Ratio]:
+    def growth(self) -> list[Measured]:
         """Seconds of a late frame against an early one, both in the same rollout."""
         near, far = self.args.near, self.args.far
         envs = self._envs(1, far + 1)
@@ -245,7 +252,7 @@ class Bench:
             spent.append(seconds)
         turns = np.stack(spent[self.args.warmup :])
 
-        def ratio(what: str, seconds: np.ndarray, target: str = "") -> Ratio:
+        def ratio(what: str, seconds: np.ndarray, target: str = "") -> Measured:
             # four frames each, since one is a few milliseconds
             late, early = (np.median(seconds[:, m - 3 : m + 1], 1) for m in (far, near + 3))
             return _ratio(what, late, early, target)
@@ -267,36 +274,8 @@ class Bench:
         replay(rollout).log_prob(rollout.actions).mean().backward()
         return torch.cat([p.grad.flatten() for p in self.policy.parameters() if p.grad is not None])
 
-    def _step_by_step(self, rollout: Rollout) -> GaussianStep:
-        """What `policy(rollout)` gives, by the rollout's passes: each scored step, then the clean frame's entry."""
-        policy, levels = self.policy, rollout.schedule.levels
-        transformer: Any = policy.transformer  # its base class has no types
-        context, cache = transformer.encode_context(rollout.text, rollout.image), transformer.new_cache()
-        means: list[torch.Tensor] = []
-        for m in range(rollout.num_frames):
-            conditions = rollout.reference[:, m : m + 1], rollout.trajectory[:, m : m + 1]
-            steps = []
-            for n in rollout.plan.scored:
-                x = rollout.latents[:, m, n]
-                inputs = policy.frame_inputs(x[:, None], *conditions, first=m)
-                velocity, _ = transformer(context, None, inputs[:, None], 1000 * levels[n], cache)
-                steps.append(rollout.plan.kernels[n].step(x, velocity[:, 0, 0], levels[n], levels[n + 1]))
-            means.append(torch.stack([s.mean for s in steps], 1))
-            if m < rollout.num_frames - 1:
-                clean = policy.frame_inputs(rollout.clean[:, m : m + 1], *conditions, first=m)
-                cache = cache.append(transformer(context, clean, cache=cache)[1])
-        std = torch.stack([torch.as_tensor(s.std, device=policy.device) for s in steps])
-        return GaussianStep(torch.stack(means, 1), std[:, None, None, None])
-
-    def _ratio(self, what: str, slow: Callable[[], object], fast: Callable[[], object], target: str = "") -> Ratio:
-        """Both sides in turns."""
-        seconds = np.zeros((self.args.warmup + self.args.repeats, 2))
-        for turn in seconds:
-            for side, run in enumerate((slow, fast)):
-                start = self._now()
-                run()
-                turn[side] = self._now() - start
-        return _ratio(what, *seconds[self.args.warmup :].T, target)
+    def _ratio(self, what: str, slow: Callable[[], object], fast: Callable[[], object], target: str = "") -> Measured:
+        return measure(what, slow, fast, self.args.repeats, self.args.warmup, target, self._now)
 
     def _now(self) -> float:
         self._wait()
@@ -305,6 +284,28 @@ class Bench:
     def _wait(self) -> None:
         if self.policy.device.type == "cuda":
             torch.cuda.synchronize(self.policy.device)
+
+
+def replay_step_by_step(policy: VideoPolicy, rollout: Rollout) -> GaussianStep:
+    """What `policy(rollout)` gives, by the rollout's passes: each scored step, then the clean frame's entry."""
+    levels = rollout.schedule.levels
+    transformer: Any = policy.transformer  # its base class has no types
+    context, cache = transformer.encode_context(rollout.text, rollout.image), transformer.new_cache()
+    means: list[torch.Tensor] = []
+    for m in range(rollout.num_frames):
+        conditions = rollout.reference[:, m : m + 1], rollout.trajectory[:, m : m + 1]
+        steps = []
+        for n in rollout.plan.scored:
+            x = rollout.latents[:, m, n]
+            inputs = policy.frame_inputs(x[:, None], *conditions, first=m)
+            velocity, _ = transformer(context, None, inputs[:, None], 1000 * levels[n], cache)
+            steps.append(rollout.plan.kernels[n].step(x, velocity[:, 0, 0], levels[n], levels[n + 1]))
+        means.append(torch.stack([s.mean for s in steps], 1))
+        if m < rollout.num_frames - 1:
+            clean = policy.frame_inputs(rollout.clean[:, m : m + 1], *conditions, first=m)
+            cache = cache.append(transformer(context, clean, cache=cache)[1])
+    std = torch.stack([torch.as_tensor(s.std, device=policy.device) for s in steps])
+    return GaussianStep(torch.stack(means, 1), std[:, None, None, None])
 
 
 @torch.no_grad()
@@ -380,14 +381,33 @@ def profile(policy: VideoPolicy, envs: ARDragVectorEnv, wait: Callable[[], None]
         switch()
 
 
-def _ratio(what: str, slow: np.ndarray, fast: np.ndarray, target: str) -> Ratio:
+def measure(
+    what: str,
+    slow: Callable[[], object],
+    fast: Callable[[], object],
+    repeats: int,
+    warmup: int,
+    target: str = "",
+    now: Callable[[], float] = time.perf_counter,
+) -> Measured:
+    """Both sides in turns."""
+    seconds = np.zeros((warmup + repeats, 2))
+    for turn in seconds:
+        for side, run in enumerate((slow, fast)):
+            start = now()
+            run()
+            turn[side] = now() - start
+    return _ratio(what, *seconds[warmup:].T, target)
+
+
+def _ratio(what: str, slow: np.ndarray, fast: np.ndarray, target: str) -> Measured:
     """Of the seconds of both sides, turn by turn."""
     low, high = np.quantile(slow / fast, [0.25, 0.75])
     seconds = float(np.median(slow)), float(np.median(fast))
-    return Ratio(what, seconds[0] / seconds[1], float(low), float(high), seconds, target)
+    return Measured(what, seconds[0] / seconds[1], float(low), float(high), seconds, target)
 
 
-def format_markdown(ratios: list[Ratio], share: Share | None, facts: dict[str, Any]) -> str:
+def format_markdown(ratios: list[Measured], share: Share | None, facts: dict[str, Any]) -> str:
     """Two tables."""
     lines = [f"{facts['machine']}, torch {facts['torch']}, {facts['parameters'] / 1e6:.1f} M parameters", ""]
     if ratios:

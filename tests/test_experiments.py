@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -213,12 +214,12 @@ def bench(script, tiny_pipeline):
 
 def test_benchmark_compares_equal_things(bench, script):
     """Both replays give the same steps and gradient, and recomputing gives the cached video."""
-    rollout = bench._group_rollout
+    rollout, step_by_step = bench._group_rollout, partial(script("benchmark").replay_step_by_step, bench.policy)
     with torch.no_grad():
-        one, many = bench.policy(rollout), bench._step_by_step(rollout)
+        one, many = bench.policy(rollout), step_by_step(rollout)
     assert one.mean.shape == many.mean.shape and (one.mean - many.mean).abs().max() < 1e-5
     assert torch.equal(one.std, many.std)
-    gradients = [bench._gradient(rollout, f) for f in (bench.policy, bench._step_by_step)]
+    gradients = [bench._gradient(rollout, f) for f in (bench.policy, step_by_step)]
     assert (gradients[0] - gradients[1]).norm() < 1e-4 * gradients[0].norm()
     benchmark, r = script("benchmark"), rollout
     given, plan = benchmark.Conditions(r.latents[:, :, 0], r.trajectory, r.reference, r.text), benchmark.Plan.all("ode")
@@ -248,6 +249,29 @@ def test_benchmark_writes_its_tables(tiny_pipeline, tmp_path):
     assert record["share"]["total"] > 0
     text = (tmp_path / "out/benchmark.md").read_text()
     assert text in done.stdout and "at least 3" in text and "outside transformer and codec" in text
+
+
+@pytest.mark.slow
+def test_benchmark_of_updates_writes_its_table(tiny_pipeline, tmp_path):
+    flags = [
+        "--pipeline",
+        str(tiny_pipeline),
+        "--tasks",
+        "sprites",
+        "--num_frames",
+        "3",
+        "--group",
+        "2",
+        "--units",
+        "2",
+    ]
+    flags += ["--repeats", "1", "--warmup", "0", "--threads", "1", "--sleep", "0.01", "--width", "48", "--layers", "2"]
+    command = [sys.executable, str(EXPERIMENTS / "benchmark_update.py"), *flags, "--output_dir", "out"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    ratios = json.loads((tmp_path / "out/benchmark_update.json").read_text())["ratios"]
+    assert ["peers" in ratios[0]["what"], "on two" in ratios[1]["what"], "Ray" in ratios[2]["what"]] == [True] * 3
+    assert ratios[0]["ratio"] > 1
 
 
 def test_benchmark_refuses(script, monkeypatch):
