@@ -108,7 +108,8 @@ def test_levels_leave_more_and_more_room():
 
     assert speed("hard") > 1.3 * speed("medium") > 1.5 * speed("gentle")
     touches = {level: {f for i in range(50) for f in Sprites(level).scene(i).force} for level in LEVELS}
-    assert touches["gentle"] == {1.0} and touches["medium"] == {0.0, 1.0} and len(touches["hard"]) > 100
+    lightest = {level: min(touches[level] - {0.0}) for level in LEVELS}
+    assert touches["gentle"] == {1.0} and 0.35 < lightest["hard"] < 0.5 < lightest["medium"] < 0.7
     assert any(not Sprites("hard").scene(i).force.all() for i in range(50))
     assert any(Sprites("hard").scene(i).distractor for i in range(50))
 

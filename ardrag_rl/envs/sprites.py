@@ -4,7 +4,7 @@ Unlimited and reproducible: task `index` of a (level, split, seed) is always the
 at a side of 64 and scale with the resolution. Levels:
 
 - `gentle`: one sprite, speeds up to 2.5, slow turns, stops, sometimes a bar that hides part of it. 12 frames.
-- `medium`: what happens in `hard` ones, slower and always firmly touched. 16 frames; the embedded pipeline's data.
+- `medium`: what happens in `hard` ones, slower and under firmer touches. 16 frames; the embedded pipeline's data.
 - `hard`: speeds up to 8, sharp turns, lighter touches, 16 frames, a distractor sprite, bars, release and re-grab.
 
 The held-out split uses (shape, colour, texture) combinations that the train split never shows.
@@ -71,7 +71,7 @@ class Level:
 LEVELS = {
     "gentle": Level(12, 2.5, 0.6, 0.18, 0.02, 0.25, 0.25, 0.0, 0.0, 1.0),
     "hard": Level(16, 8.0, 2.0, 0.40, 0.12, 0.35, 0.40, 0.4, 0.35, 0.35),
-    "medium": Level(16, 5.0, 0.6, 0.30, 0.06, 0.30, 0.35, 0.4, 0.30, 1.0),  # last: a level's place seeds its tasks
+    "medium": Level(16, 5.0, 0.6, 0.30, 0.06, 0.30, 0.35, 0.4, 0.30, 0.5),  # last: a level's place seeds its tasks
 }
 
 

@@ -12,8 +12,7 @@ from __future__ import annotations
 import copy
 import errno
 import time
-from collections import defaultdict
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +29,9 @@ from ardrag_rl.envs.tasks import make_tasks
 from ardrag_rl.flow import GaussianStep
 from ardrag_rl.hub import pipeline_path, pipeline_size
 from ardrag_rl.policies import VideoPolicy
-from ardrag_rl.rewards import Aesthetic, Limits, RewardError, make_rewards
+from ardrag_rl.rewards import Limits, RewardError, make_rewards
 from ardrag_rl.rollout import Rollout
-from ardrag_rl.training.advantages import compute_advantages, zero_spread
+from ardrag_rl.training.advantages import compute_advantages
 from ardrag_rl.training.ahead import Ahead
 from ardrag_rl.training.algorithms import get_algorithm
 from ardrag_rl.training.checkpoints import check_room
@@ -41,6 +40,7 @@ from ardrag_rl.training.estimate import peak_memory
 from ardrag_rl.training.lora import add_lora, has_lora, lora_disabled, merged, trainable_state
 from ardrag_rl.training.progress import RewardProgress
 from ardrag_rl.training.ray_rollouts import RayRollouts
+from ardrag_rl.training.recorder import Recorder
 from ardrag_rl.training.sharded import whole
 from ardrag_rl.training.stats import loss_stats
 from ardrag_rl.training.workers import (
@@ -145,14 +145,12 @@ class GRPOTrainer(Trainer):
             if args.rollout_workers
             else LocalRollouts(self.env, settings)
         )
-        # Eq. 15's score before it is mapped to 1-5, which other work reports
-        self._raw = {t.name: t.reward.raw for t in terms if isinstance(t.reward, Aesthetic)}
+        self._record = Recorder(terms)
         self._ahead: Ahead | None = None
         self._behind: dict[str, Tensor] = {}  # weights of the generation that a checkpoint was saved in the middle of
         self._age = 0  # updates since the policy of the present generation
         self._step: int | None = None  # micro-batches so far, over all updates
         self._buffer: list[Rollout] = []
-        self._metrics: dict[str, list[float]] = defaultdict(list)
 
     @property
     def policy(self) -> VideoPolicy:
@@ -189,10 +187,10 @@ class GRPOTrainer(Trainer):
         if self._step is None:
             self._step = self.state.global_step * self.args.gradient_accumulation_steps
         start = time.perf_counter()
-        before = sum(self._metrics["seconds/generation"])
+        before = self._record.total("seconds/generation")
         loss = super().training_step(model, inputs, num_items_in_batch)
-        spent = time.perf_counter() - start - (sum(self._metrics["seconds/generation"]) - before)
-        self._metrics["seconds/micro_batch"].append(spent)
+        spent = time.perf_counter() - start - (self._record.total("seconds/generation") - before)
+        self._record.note("seconds/micro_batch", spent)
         self._step += 1
         return loss
 
@@ -203,7 +201,7 @@ class GRPOTrainer(Trainer):
         if step == 0 or not self._buffer:
             start = time.perf_counter()
             self._buffer = self._generate(generation)
-            self._metrics["seconds/generation"].append(time.perf_counter() - start)
+            self._record.note("seconds/generation", time.perf_counter() - start)
         return self._buffer[step % len(self._buffer)].to(self.args.device)
 
     def compute_loss(
@@ -217,30 +215,20 @@ class GRPOTrainer(Trainer):
         fresh = self._step % self._generate_every < self.args.gradient_accumulation_steps and not self._age
         if fresh:  # the policy that acted
             self._gate(float(stats.drift_max))
-            self._metrics["before_update/ratio"].append(float(stats.ratio_mean))
-            self._metrics["before_update/drift_mean"].append(float(stats.drift_mean))
-            self._metrics["before_update/drift_max"].append(float(stats.drift_max))
-        for field in fields(stats):
-            value = getattr(stats, field.name)
-            if value is not None and not field.name.startswith("drift"):
-                self._metrics[field.name].append(float(value))
+        self._record.loss(stats, fresh)
         loss = self._algorithm(steps, rollout, self.args)
         return (loss, steps) if return_outputs else loss
 
     def note(self, name: str, value: float) -> None:
         """A number for the next log."""
-        self._metrics[name].append(value)
+        self._record.note(name, value)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the means of what was measured since the last log."""
-        if self._metrics:
-            self.note("memory/peak_gib", peak_memory(self.args.device))
-        means = {name: float(np.mean(values)) for name, values in sorted(self._metrics.items()) if values}
-        if means and self.accelerator.num_processes > 1:
-            vector = torch.tensor(list(means.values()), device=self.accelerator.device)
-            means = dict(zip(means, self.accelerator.reduce(vector, "mean").tolist(), strict=True))
+        means = self._record.means(self.accelerator)
+        if means:
+            means["memory/peak_gib"] = peak_memory(self.args.device)
         super().log({**logs, **means}, start_time)
-        self._metrics.clear()
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """A whole pipeline, adapters merged, that `VideoPolicy.from_pretrained` loads.
@@ -332,14 +320,14 @@ class GRPOTrainer(Trainer):
         args = self.args
         assert args.steps_per_generation and args.num_generations
         results, self._age = self._roll_out(generation)
-        self._metrics["staleness"].append(float(self._age))
+        self._record.note("staleness", self._age)
         result = join_results(results)
-        self._metrics["failed_groups"].append(float(len(result.failures)))
+        self._record.note("failed_groups", len(result.failures))
         if result.rollout is None:
             raise RewardError(f"every group of update {generation} failed; the first said: {result.failures[0]}")
         rollout = result.rollout
         advantages = compute_advantages(rollout.rewards, rollout.groups, args.scale_rewards, args.credit)  # type: ignore[arg-type]
-        self._record(result, advantages, rollout.plan.scored[0])
+        self._record.generation(result, advantages)
         size = args.groups_per_generation * args.num_generations
         rollout = _fill(replace(rollout, advantages=advantages), size)
         order = np.random.default_rng([args.seed, generation]).permutation(len(rollout))
@@ -375,28 +363,6 @@ class GRPOTrainer(Trainer):
                     steps = self.policy(rollout)
         return GaussianStep(steps.mean.cpu(), torch.as_tensor(steps.std).cpu())
 
-    def _record(self, result: UnitResult, advantages: Tensor, step: int) -> None:
-        """What a generation is worth, into the log."""
-        rollout, log = result.rollout, self._metrics
-        assert rollout is not None
-        for name, values in rollout.reward_terms.items():
-            counted = values[result.counted[name]]
-            if len(counted):
-                log[f"rewards/{name}/mean"].append(float(counted.mean()))
-                log[f"rewards/{name}/std"].append(float(counted.std(correction=0)))
-                if name in self._raw:
-                    log[f"rewards/{name}/raw"].append(float(self._raw[name](counted.mean())))
-        # beside every reward, against those that still videos earn
-        log["dynamic_degree"].append(float(result.dynamic_degree.mean()))
-        log["reward"].append(float(rollout.rewards.mean()))
-        log["reward_std"].append(float(torch.stack([g.std(0) for g in _by_group(rollout)]).mean()))
-        log["frac_reward_zero_std"].append(float(zero_spread(rollout.rewards, rollout.groups)))
-        log["advantage_abs"].append(float(advantages.abs().mean()))
-        log["stochastic_step"].append(float(step))
-        log["seconds/policy"].append(result.timings.policy)
-        log["seconds/env"].append(result.timings.env)
-        log["videos_per_second"].append(len(rollout) / max(result.timings.policy + result.timings.env, 1e-9))
-
 
 class _Videos(Dataset[int]):
     """As many entries as the run takes videos: Trainer counts its steps by it, nothing reads it."""
@@ -425,7 +391,3 @@ def _fill(rollout: Rollout, size: int) -> Rollout:
     filled = rollout.select([*range(len(rollout)), *[0] * missing])
     assert filled.advantages is not None
     return replace(filled, advantages=filled.advantages * weight[:, None])
-
-
-def _by_group(rollout: Rollout) -> list[Tensor]:
-    return [rollout.rewards[rollout.groups == g] for g in rollout.groups.unique()]
