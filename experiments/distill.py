@@ -73,8 +73,12 @@ class DistillArguments:
     clips: int = field(default=5000, metadata={"help": "Clips of each that are encoded, at most all."})
     num_frames: int = field(default=16, metadata={"help": "Latent frames of a clip, all of them the teacher's chunk."})
     stages: list[str] = field(default_factory=lambda: list(STAGES), metadata={"help": "Stages to run, in order."})
-    teacher: str = field(default="teacher", metadata={"help": "Folder of the teacher, below output_dir."})
-    start: str = field(default="start", metadata={"help": "Folder of the causal start, below output_dir."})
+    teacher: str = field(
+        default="teacher", metadata={"help": "Folder of the teacher, below output_dir; or a pipeline that is one."}
+    )
+    start: str = field(
+        default="start", metadata={"help": "Folder of the causal start, below output_dir; or a pipeline that is one."}
+    )
     student: str = field(default="student", metadata={"help": "Folder of the student, below output_dir."})
     ema: float = field(default=0.99, metadata={"help": "Decay of the averages of the weights."})
     lora_rank: int = field(default=0, metadata={"help": "Train adapters of this rank; 0: all weights."})
@@ -93,7 +97,7 @@ class DistillArguments:
     start_rate: float = field(default=1e-5, metadata={"help": "Peak learning rate."})
     start_rows: int = field(default=2, metadata={"help": "Noisy versions of a clip that share its clean history."})
     start_from: str | None = field(
-        default=None, metadata={"help": "Folder below output_dir with its first weights; unset: the teacher's."}
+        default=None, metadata={"help": "Folder, as these, of its first weights; unset: the teacher's."}
     )
     start_history: str = field(default="clean", metadata={"help": "True frames, or own: what the start itself made."})
 
@@ -140,6 +144,11 @@ class Run:
         if args.compile:
             compile_blocks()
 
+    def made(self, name: str) -> Path:
+        """What a stage made, or is to make, below output_dir; else the embedded pipeline of this name."""
+        embedded = hub.ASSETS / name / "model_index.json"
+        return hub.pipeline_path(name) if embedded.is_file() else self.folder / name
+
     def agree(self, stage: str) -> None:
         """Writes a stage's settings down; what was begun with others is not gone on with."""
         file = self.folder / "settings" / f"{getattr(self.args, stage)}.json"
@@ -169,7 +178,7 @@ class Run:
         """Block-causal flow matching."""
         args = self.args
         schedule = hub.load_schedule(self.init)
-        before = VideoPolicy.from_pretrained(self.folder / (args.start_from or args.teacher))
+        before = VideoPolicy.from_pretrained(self.made(args.start_from or args.teacher))
         policy = before.with_chunks(args.chunk_size, schedule, args.window)
         loss = FlowMatching(policy, text_dropout=args.text_dropout, rows=args.start_rows)
         if args.start_history == "own":
@@ -179,9 +188,9 @@ class Run:
     def student(self) -> None:
         """Self-Rollout with DMD and an adversarial loss."""
         args = self.args
-        teacher = VideoPolicy.from_pretrained(self.folder / args.teacher, self.training.device)
-        student = self._trainable(VideoPolicy.from_pretrained(self.folder / args.start), args.lora_rank)
-        critic = self._trainable(VideoPolicy.from_pretrained(self.folder / args.teacher))
+        teacher = VideoPolicy.from_pretrained(self.made(args.teacher), self.training.device)
+        student = self._trainable(VideoPolicy.from_pretrained(self.made(args.start)), args.lora_rank)
+        critic = self._trainable(VideoPolicy.from_pretrained(self.made(args.teacher)))
         negative = (
             Codec.from_pretrained(self.init).encode_text([args.negative_prompt]) if args.negative_prompt else None
         )
@@ -266,8 +275,9 @@ def main() -> None:
         raise SystemExit(f"--stages {' '.join(sorted(unknown))}: choose from {', '.join(STAGES)}.")
     run = Run(args, training)
     for stage in args.stages:
-        folder = run.folder / getattr(args, stage)
-        run.agree(stage)
+        folder = run.made(getattr(args, stage))
+        if folder.is_relative_to(run.folder):
+            run.agree(stage)
         if (folder / "model_index.json").is_file():
             PartialState().print(f"{stage}: {folder} is there and is left as it is.")
             continue
