@@ -173,14 +173,14 @@ class Bench:
         for name, (size, target) in sizes.items():
             rows = [i % len(self._group_rollout) for i in range(size)]
             rollout = self._group_rollout.select(rows).to(self.policy.device)
-            one, many = self._gradient(rollout, self.policy), self._gradient(rollout, step_by_step)
+            one, many = gradient(self.policy, rollout, self.policy), gradient(self.policy, rollout, step_by_step)
             error = (one - many).norm() / one.norm()
             if not error < 1e-3:
                 raise SystemExit(f"one-pass and step-by-step replay differ by {float(error):.1e} of the gradient.")
             what = f"step-by-step replay / one pass, forward and backward ({name}: {size} videos)"
             many_pass, one_pass = (
-                lambda rollout=rollout: self._gradient(rollout, step_by_step),
-                lambda rollout=rollout: self._gradient(rollout, self.policy),
+                lambda rollout=rollout: gradient(self.policy, rollout, step_by_step),
+                lambda rollout=rollout: gradient(self.policy, rollout, self.policy),
             )
             ratios.append(self._ratio(what, many_pass, one_pass, target))
         self.policy.zero_grad()
@@ -268,12 +268,6 @@ class Bench:
         a = self.args
         return ARDragVectorEnv(size, a.pipeline, a.tasks, num_frames=num_frames or a.num_frames, device=a.device)
 
-    def _gradient(self, rollout: Rollout, replay: Callable[[Rollout], GaussianStep]) -> torch.Tensor:
-        """The policy gradient with advantages of 1, as one vector."""
-        self.policy.zero_grad()
-        replay(rollout).log_prob(rollout.actions).mean().backward()
-        return torch.cat([p.grad.flatten() for p in self.policy.parameters() if p.grad is not None])
-
     def _ratio(self, what: str, slow: Callable[[], object], fast: Callable[[], object], target: str = "") -> Measured:
         return measure(what, slow, fast, self.args.repeats, self.args.warmup, target, self._now)
 
@@ -284,6 +278,13 @@ class Bench:
     def _wait(self) -> None:
         if self.policy.device.type == "cuda":
             torch.cuda.synchronize(self.policy.device)
+
+
+def gradient(policy: VideoPolicy, rollout: Rollout, replay: Callable[[Rollout], GaussianStep]) -> torch.Tensor:
+    """The policy gradient with advantages of 1, as one vector."""
+    policy.zero_grad()
+    replay(rollout).log_prob(rollout.actions).mean().backward()
+    return torch.cat([p.grad.flatten() for p in policy.parameters() if p.grad is not None])
 
 
 def replay_step_by_step(policy: VideoPolicy, rollout: Rollout) -> GaussianStep:

@@ -18,16 +18,16 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from benchmark import PLAN, Measured, measure, replay_step_by_step, write_results
+from benchmark import PLAN, Measured, gradient, measure, replay_step_by_step, write_results
 from trl import TrlParser
 
 from ardrag_rl.flow import GaussianStep, Kernel
 from ardrag_rl.policies import CausalWanTransformer3DModel, Session, VideoPolicy
-from ardrag_rl.rollout import Rollout
 from ardrag_rl.training.collect import collect
 from ardrag_rl.training.lora import load_trainable_state, trainable_state
 from ardrag_rl.training.ray_rollouts import RayRollouts, join_ray
@@ -67,10 +67,11 @@ class Bench:
         size, policy = self.args.group, self.policy
         group, single = self.env.make(size), self.env.make(1)
         made: dict[str, torch.Tensor] = {}
+        step_by_step = partial(replay_step_by_step, policy)
 
         def ours() -> None:
             rollout = collect(group, policy, PLAN, 0, tasks=[0])
-            made["ours"] = gradient(policy, rollout, policy(rollout))
+            made["ours"] = gradient(policy, rollout, policy)
 
         def peers() -> None:
             for _ in range(size):
@@ -78,8 +79,8 @@ class Bench:
             parts = [self._rollout.select([i]) for i in range(size)]
             with torch.no_grad():
                 for part in parts:
-                    replay_step_by_step(policy, part)  # the old log-probabilities, which the rollout knew
-            gradients = [gradient(policy, part, replay_step_by_step(policy, part)) for part in parts]
+                    step_by_step(part)  # the old log-probabilities, which the rollout knew
+            gradients = [gradient(policy, part, step_by_step) for part in parts]
             made["peers"] = torch.stack(gradients).mean(0)
 
         self._rollout = collect(group, policy, PLAN, 0, tasks=[0])
@@ -133,7 +134,7 @@ class Bench:
         def update() -> None:
             rollout = local.run([unit], policy)[0].rollout
             assert rollout is not None
-            gradient(policy, rollout, policy(rollout))
+            gradient(policy, rollout, policy)
 
         size = sum(p.numel() for p in policy.parameters()) / 1e6
         what = f"an update without Ray / Ray's weights and videos ({size:.0f} M parameters, one group)"
@@ -181,13 +182,6 @@ class Carrier:
     def give(self) -> dict[str, Any]:
         """The videos."""
         return self._videos
-
-
-def gradient(policy: VideoPolicy, rollout: Rollout, steps: GaussianStep) -> torch.Tensor:
-    """The policy gradient with advantages of 1, as one vector."""
-    policy.zero_grad()
-    steps.log_prob(rollout.actions).mean().backward()
-    return torch.cat([p.grad.flatten() for p in policy.parameters() if p.grad is not None])
 
 
 def main() -> None:

@@ -27,6 +27,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
+from accelerate import PartialState
 from tqdm import tqdm
 from trl import TrlParser
 
@@ -72,7 +73,10 @@ def main() -> None:
     if script.dry_run:
         print(dry_run(script, args))
         return
-    checkpoint = prepare(folder, script) if args.should_save else None
+    if args.should_save:
+        prepare(folder, script)
+    PartialState().wait_for_everyone()
+    checkpoint = last_checkpoint(folder) if script.resume else None  # of all processes
     os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(folder / "logs"))
     policy = VideoPolicy.from_pretrained(script.pipeline)
     trainer = GRPOTrainer(policy, args, script.tasks, reward_weights(script.rewards), pipeline=script.pipeline)
@@ -85,7 +89,7 @@ def main() -> None:
     start = time.perf_counter()
     before, before_renoise = judge("before"), judge("before, renoise", "renoise")
     trained = time.perf_counter()
-    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     done = time.perf_counter()
     trainer.save_model()
     after, after_renoise = judge("after"), judge("after, renoise", "renoise")
@@ -147,8 +151,8 @@ def clear(folder: Path) -> None:
     folder.mkdir()
 
 
-def prepare(folder: Path, script: ScriptArguments) -> str | None:
-    """The checkpoint to resume from, if any, once the folder and the settings are seen to be usable."""
+def prepare(folder: Path, script: ScriptArguments) -> None:
+    """Sees that the folder and the settings are usable; a run without a checkpoint is resumed from its start."""
     if script.resume and script.overwrite:
         raise SystemExit("--resume and --overwrite exclude each other.")
     if folder.exists() and any(folder.iterdir()):
@@ -163,12 +167,6 @@ def prepare(folder: Path, script: ScriptArguments) -> str | None:
     if script.eval_size < 1 or script.eval_batch < 1:
         raise SystemExit(f"--eval_size {script.eval_size} --eval_batch {script.eval_batch}: expected 1 or more.")
     folder.mkdir(parents=True, exist_ok=True)
-    if not script.resume:
-        return None
-    checkpoint = last_checkpoint(folder)
-    if checkpoint is None:
-        raise SystemExit(f"{folder} holds no checkpoint to resume from; start it anew with --overwrite.")
-    return str(checkpoint)
 
 
 if __name__ == "__main__":

@@ -49,11 +49,16 @@ def test_a_generation_is_of_the_policy_before_the_update_that_it_ran_beside():
     assert rollouts.started == ["units 1", "units 2", "units 3"] and ahead.weights == {}
 
 
-def test_what_was_not_asked_for_is_dropped():
+def test_where_a_generation_fails_its_weights_are_still_known():
     policy, rollouts = small(), Recorder()
     ahead = Ahead(rollouts, lambda g: g, last=9)
     ahead.take(0, policy)
-    assert ahead.take(5, policy)[1] == 0 and rollouts.started == [1, 6]
+    failed = Future()
+    failed.set_exception(OSError("gone"))
+    object.__setattr__(ahead._pending, "future", failed)
+    with pytest.raises(OSError, match="gone"):
+        ahead.take(1, policy)
+    assert total(ahead.weights) == total(trainable_state(policy))
 
 
 @pytest.mark.slow

@@ -60,11 +60,12 @@ class LatentClips(Dataset[dict[str, Tensor]]):
         video = (num_clips, frames, *shape)
         shapes = dict(zip(_KEYS, (video, video, (num_clips, *codec.text_shape)), strict=True))
         progress = folder / "progress.json"
-        done = read_json(progress)["clips"] if progress.is_file() else 0
-        if not progress.is_file():
+        if not (folder / f"{_KEYS[-1]}.npy").is_file():
             folder.mkdir(parents=True, exist_ok=True)
+            progress.unlink(missing_ok=True)
             for name, wanted in shapes.items():
                 np.lib.format.open_memmap(folder / f"{name}.npy", "w+", np.float16, wanted)
+        done = read_json(progress)["clips"] if progress.is_file() else 0
         mode: Any = "r+" if done < num_clips else "r"
         self.shard = LatentShard(*(np.load(folder / f"{k}.npy", mmap_mode=mode) for k in _KEYS))
         for name, wanted in shapes.items():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from torch.utils.data import ConcatDataset
 from transformers import Trainer, TrainerCallback
 
 from ardrag_rl.distill.buckets import BucketSampler
+from ardrag_rl.training.sharded import set_up_fsdp
 
 
 class _Epochs(TrainerCallback):
@@ -41,16 +41,7 @@ class BucketTrainer(Trainer):
     ) -> None:
         super().__init__(*args, **kwargs)
         self._make_optimizer = make_optimizer
-        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
-        if plugin is None:
-            return
-        if plugin.fsdp_version != 2 or plugin.auto_wrap_policy is not None:
-            raise ValueError(
-                "FSDP shards a model as one unit here, as its parts are called one by one: start the script with "
-                "accelerate launch --use_fsdp --fsdp_version 2 --fsdp_auto_wrap_policy NO_WRAP."
-            )
-        if plugin.mixed_precision_policy is not None:  # noise is added and scores are compared in float32
-            plugin.mixed_precision_policy = replace(plugin.mixed_precision_policy, cast_forward_inputs=False)
+        set_up_fsdp(self.accelerator)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """The one that `make_optimizer` makes, once."""

@@ -14,8 +14,6 @@ import psutil
 
 from ardrag_rl.rewards.error import RewardError, RewardLeak
 
-WARM_UP = 3  # calls of a reward before its memory counts: it loads its models in the first
-
 
 @dataclass(frozen=True)
 class Limits:
@@ -24,7 +22,7 @@ class Limits:
     Attributes:
         seconds: one call may take. It is interrupted only where Python runs in between, in a process's main thread: a
             reward that waits for an answer is, one that is stuck in C is not.
-        mebibytes: all calls together may take and not give back, by the process's resident memory.
+        mebibytes: its calls may add to the process's resident memory, from one rollout to the next.
     """
 
     seconds: float | None = None
@@ -33,19 +31,40 @@ class Limits:
 
 NONE = Limits()
 _limits: ContextVar[Limits] = ContextVar("limits", default=NONE)
-_calls: dict[str, int] = defaultdict(int)
-_kept: dict[str, int] = defaultdict(int)  # bytes
+_grown: dict[str, int] = defaultdict(int)  # bytes that each reward's calls added
 _active: set[str] = set()  # a session asks its reward: one call
+_baseline: list[int] = []  # resident bytes after the first rollout, in which models are loaded
 
 
 @contextlib.contextmanager
 def reward_limits(limits: Limits) -> Iterator[None]:
-    """Sets the limits of the rewards that are called within."""
+    """Sets the limits of the rewards that are called within, one rollout.
+
+    What a running video keeps is given back with the next one, so memory is compared between ends of rollouts; which
+    reward took it is seen in its calls.
+
+    Raises:
+        RewardLeak: memory has grown by more than the limit since the first rollout, and so has a reward's part.
+    """
     token = _limits.set(limits)
     try:
         yield
     finally:
         _limits.reset(token)
+    if limits.mebibytes is None:
+        return
+    now, allowed = psutil.Process().memory_info().rss, limits.mebibytes * 2**20
+    if not _baseline:
+        _baseline.append(now)
+        _grown.clear()
+    elif _grown and now - _baseline[0] > allowed:
+        name, grown = max(_grown.items(), key=lambda item: item[1])
+        if grown > allowed:
+            _baseline.clear()
+            raise RewardLeak(
+                f"reward {name!r} has taken {grown / 2**20:.0f} MiB and not given them back, more than "
+                f"reward_memory={limits.mebibytes:.0f}: it keeps something of every call."
+            )
 
 
 @contextlib.contextmanager
@@ -54,7 +73,6 @@ def watched(name: str) -> Iterator[None]:
 
     Raises:
         RewardError: it took too long.
-        RewardLeak: it keeps too much memory.
     """
     limits = _limits.get()
     if name in _active:
@@ -63,40 +81,37 @@ def watched(name: str) -> Iterator[None]:
     _active.add(name)
     before = _resident(limits)
     try:
-        with _alarm(name, limits.seconds):
+        with _alarm(limits.seconds):
             yield
+    except _Overdue as late:
+        raise RewardError(f"reward {name!r} did not answer within reward_timeout={limits.seconds:g} seconds.") from late
     finally:
         _active.discard(name)
-    grown = _resident(limits) - before
-    _calls[name] += 1
-    if limits.mebibytes is None or _calls[name] <= WARM_UP:
-        return
-    _kept[name] = max(0, _kept[name] + grown)
-    if _kept[name] > limits.mebibytes * 2**20:
-        kept, calls = _kept.pop(name) / 2**20, _calls.pop(name) - WARM_UP
-        raise RewardLeak(
-            f"reward {name!r} has taken {kept:.0f} MiB in {calls} calls and not given them back, more than "
-            f"reward_memory={limits.mebibytes:.0f}: it keeps something of every call."
-        )
+        _grown[name] += _resident(limits) - before
 
 
 def _resident(limits: Limits) -> int:
     return psutil.Process().memory_info().rss if limits.mebibytes is not None else 0
 
 
+class _Overdue(BaseException):
+    """No Exception: a reward that catches these to try again would catch it too."""
+
+
 @contextlib.contextmanager
-def _alarm(name: str, seconds: float | None) -> Iterator[None]:
+def _alarm(seconds: float | None) -> Iterator[None]:
     if seconds is None or threading.current_thread() is not threading.main_thread() or not hasattr(signal, "SIGALRM"):
         yield
         return
 
     def ring(*_: object) -> None:
-        raise RewardError(f"reward {name!r} did not answer within reward_timeout={seconds:g} seconds.")
+        raise _Overdue
 
-    before = signal.signal(signal.SIGALRM, ring)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    handler = signal.signal(signal.SIGALRM, ring)
+    timer = signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
         yield
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        signal.signal(signal.SIGALRM, handler)
+        signal.setitimer(signal.ITIMER_REAL, *timer)  # somebody else's

@@ -95,7 +95,9 @@ class BufferedSession:
         kept = torch.cat((*self._frames, frames), dim=1)
         scores = check_scores(self._reward, lambda: self._reward(kept, self._controls), kept.shape[:2])
         memory = self._reward.memory
-        self._frames = (*self._frames, frames) if memory is None else (kept[:, max(kept.shape[1] - memory, 0) :],)
+        # a copy: a view would hold on to all of them
+        last = None if memory is None else kept[:, max(kept.shape[1] - memory, 0) :].clone()
+        self._frames = (*self._frames, frames) if last is None else (last,)
         return scores[:, -frames.shape[1] :]
 
     def select(self, rows: Sequence[int]) -> BufferedSession:

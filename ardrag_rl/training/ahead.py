@@ -53,19 +53,15 @@ class Ahead:
         return {} if self._pending is None else self._pending.weights
 
     def take(self, generation: int, policy: VideoPolicy) -> tuple[list[UnitResult], int]:
-        """The results of a generation and how many updates old they are; the next generation is started.
-
-        One under way that is not the one asked for is dropped.
-        """
-        pending, self._pending = self._pending, None
-        if pending is not None and pending.generation != generation:
-            pending.future.result()  # its actors are needed
-            pending = None
-        if pending is None:
+        """The results of a generation and how many updates old they are; the next generation is started."""
+        if self._pending is None:
             results, age = self._rollouts.run(self._units(generation), policy), 0
         else:
-            results, age = pending.future.result(), 1
-        self.begin(generation + 1, policy, {name: w.clone() for name, w in trainable_state(policy).items()})
+            assert self._pending.generation == generation, "generations are taken in order"
+            results, age = self._pending.future.result(), 1  # where it raises, its weights are still known
+            self._pending = None
+        weights = {name: w.to("cpu", copy=True) for name, w in trainable_state(policy).items()}
+        self.begin(generation + 1, policy, weights)
         return results, age
 
     def begin(self, generation: int, policy: VideoPolicy, weights: dict[str, Tensor]) -> None:

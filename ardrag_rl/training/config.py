@@ -139,7 +139,8 @@ class GRPOConfig(trl.GRPOConfig):
         default=900.0, metadata={"help": "Seconds that one call of a reward may take."}
     )
     reward_memory: float | None = field(
-        default=8192.0, metadata={"help": "MiB that a reward may take over all its calls and not give back."}
+        default=8192.0,
+        metadata={"help": "MiB that a reward may take and not give back: an error, or an actor started anew."},
     )
     on_group_error: str = field(
         default="raise",

@@ -6,6 +6,7 @@ import resource
 import sys
 import time
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,11 +19,12 @@ from ardrag_rl.policies.chunks import Conditions
 from ardrag_rl.policies.generate import generate_latents
 from ardrag_rl.rollout import Plan, Rollout
 from ardrag_rl.training.config import GRPOConfig
+from ardrag_rl.training.lora import add_lora
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Of one update of one learner process.
+    """Of one update of one learner process, before FSDP divides what it shards.
 
     Attributes:
         groups, videos: rolled out; actions: taken in all of them; scored: of these, what is trained on.
@@ -82,10 +84,12 @@ def estimate(
     groups = args.groups_per_generation
     videos, together = groups * args.num_generations, args.groups_per_batch * args.num_generations
     micro = args.per_device_train_batch_size
-    with FakeTensorMode(), torch.autocast(policy.device.type, torch.bfloat16, enabled=bool(args.bf16)):
+    with FakeTensorMode(), torch.autocast("cpu", torch.bfloat16, enabled=bool(args.bf16)):
         fake = VideoPolicy(CausalWanTransformer3DModel.from_config(policy.transformer.config), policy.schedule)
+        if args.use_peft:
+            add_lora(fake, args.lora_r, args.lora_alpha, args.lora_target_modules)
         given = _conditions(together, num_frames, latent_shape, text_shape)
-        with FlopCounterMode(display=False) as acted:
+        with _counter() as acted:
             generate_latents(fake, plan, given)
         entry = fake.transformer(fake.transformer.encode_context(given.text), _inputs(fake, given))[1][0]
         rollout = _rollout(plan, policy.schedule, _conditions(micro, num_frames, latent_shape, text_shape))
@@ -100,17 +104,17 @@ def estimate(
             return x
 
         alive: list[Tensor] = []
-        with FlopCounterMode(display=False) as learned, torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        with _counter() as learned, torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
             fake(rollout)
     activations = sum(kept.values())
-    passes = 3  # forward, and two products for each in the backward pass
+    passes = 2 if args.use_peft else 3  # forward; gradients of what flows through, and of weights that learn
     if args.activation_checkpointing or args.gradient_checkpointing or policy.transformer.is_gradient_checkpointing:
         layers = len(policy.transformer.blocks)
         tokens = (num_frames - 1 + num_frames * len(plan.scored)) * latent_shape[1] * latent_shape[2]
         patch = policy.transformer.config["patch_size"]
         width = policy.transformer.config["num_attention_heads"] * policy.transformer.config["attention_head_dim"]
         inputs = layers * micro * tokens // (patch[1] * patch[2]) * width * dtype.itemsize
-        activations, passes = inputs + activations // layers, 4
+        activations, passes = inputs + activations // layers, passes + 1
     parameters = list(policy.parameters())
     size = sum(p.numel() for p in parameters)
     trainable = sum(p.numel() for p in parameters if p.requires_grad)
@@ -119,6 +123,7 @@ def estimate(
     window = min(policy.transformer.config["window"], num_frames - 1)
     rate = matmul_rate(policy.device, dtype)
     rollout_flops = acted.get_total_flops() * videos / together
+    passes = passes * args.num_iterations + (args.beta > 0)
     learner_flops = learned.get_total_flops() * passes * videos / micro
     return Estimate(
         groups=groups,
@@ -135,6 +140,17 @@ def estimate(
         activation_bytes=activations,
         rollout_bytes=window * sum(k.nbytes + v.nbytes for k, v in entry.layers),
     )
+
+
+def _counter() -> FlopCounterMode:
+    """Counts attention on a CPU too, of which torch's counter knows nothing."""
+
+    def attention(q: tuple[int, ...], k: tuple[int, ...], v: tuple[int, ...], *_: Any, **__: Any) -> int:
+        batch, heads, queries, width = q
+        return 2 * batch * heads * queries * k[-2] * (width + v[-1])
+
+    operator = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    return FlopCounterMode(display=False, custom_mapping={operator: attention})
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype, size: int = 2048, seconds: float = 0.5) -> float:

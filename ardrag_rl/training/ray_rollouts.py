@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -33,6 +34,7 @@ class RolloutError(RuntimeError):
     """Groups that no actor brought to an end; the message names them and their tasks."""
 
 
+START_ATTEMPTS = 3  # of an actor in a row; one that died since the last update needs the second
 START_SECONDS = 600.0  # an actor may take to start: it imports torch and loads a policy
 
 
@@ -77,7 +79,7 @@ class RayRollouts:
         self._actors: list[Any] = []
         self._start: Callable[[], Any] | None = None
         self._version = 0
-        self._thread = ThreadPoolExecutor(1)
+        self._thread, self._lock = ThreadPoolExecutor(1), Lock()
 
     def run(self, units: Sequence[Unit], policy: VideoPolicy) -> list[UnitResult]:
         """See `Rollouts`.
@@ -86,7 +88,7 @@ class RayRollouts:
             RewardError: a reward failed.
             RolloutError: a unit failed as often as the settings allow.
         """
-        return self._work(units, self._put(policy, trainable_state(policy)))
+        return self._work(units, *self._put(policy, trainable_state(policy)))
 
     def start(
         self, units: Sequence[Unit], policy: VideoPolicy, weights: Mapping[str, Tensor]
@@ -97,32 +99,32 @@ class RayRollouts:
             policy: of the same make, where the learner has it.
             weights: of `trainable_state`.
         """
-        return self._thread.submit(self._work, units, self._put(policy, weights))
+        return self._thread.submit(self._work, units, *self._put(policy, weights))
 
-    def _put(self, policy: VideoPolicy, weights: Mapping[str, Tensor]) -> Any:
+    def _put(self, policy: VideoPolicy, weights: Mapping[str, Tensor]) -> tuple[int, Any]:
+        """The weights' version and where they are."""
         if self._start is None:
             self._connect(policy)
         import ray  # after it is known how to connect
 
         self._version += 1
-        return ray.put({name: value.cpu().numpy() for name, value in weights.items()})
+        return self._version, ray.put({name: value.cpu().numpy() for name, value in weights.items()})
 
-    def _work(self, units: Sequence[Unit], weights: Any) -> list[UnitResult]:
+    def _work(self, units: Sequence[Unit], version: int, weights: Any) -> list[UnitResult]:
+        pool = self._actors
         try:
-            return self._run(units, weights)
+            return self._run(units, version, weights, pool)
         except BaseException:
-            self.close()  # what still runs must not delay what is asked next
+            if pool is self._actors:
+                self.close()  # what still runs must not delay what is asked next
             raise
 
-    def _run(self, units: Sequence[Unit], weights: Any) -> list[UnitResult]:
-        import ray
-
+    def _run(self, units: Sequence[Unit], version: int, weights: Any, pool: list[Any]) -> list[UnitResult]:
         results: dict[int, UnitResult] = {}
-        todo, tries = list(range(len(units))), Counter[tuple[str, int]]()
-        running = {actor.ready.remote(): self._job(None, a) for a, actor in enumerate(self._actors)}
+        todo, tries, idle = list(range(len(units))), Counter[tuple[str, int]](), list[int]()
+        running = {actor.ready.remote(): self._job(None, a) for a, actor in enumerate(pool)}
         while len(results) < len(units):
             for job, outcome in _ended(running):
-                actor = self._actors[job.actor]
                 if isinstance(outcome, Exception):
                     tried = ("start", job.actor) if job.unit is None else ("unit", job.unit)
                     tries[tried] += 1
@@ -131,18 +133,30 @@ class RayRollouts:
                         todo.insert(0, job.unit)
                     elif job.unit is not None and left_out is not None:
                         results[job.unit] = left_out
-                    ray.kill(actor)
-                    actor = self._actors[job.actor] = self._start()  # type: ignore[misc]
-                    running[actor.ready.remote()] = self._job(None, job.actor)
+                    running[self._replace(pool, job.actor).ready.remote()] = self._job(None, job.actor)
                     continue
-                if job.unit is None:
-                    tries["start", job.actor] = 0
-                else:
+                idle.append(job.actor)
+                if job.unit is not None:
                     results[job.unit] = outcome
-                if todo:  # an actor has one unit at a time: there is no queue to overflow
-                    i = todo.pop(0)
-                    running[actor.run.remote(units[i], self._version, weights)] = self._job(i, job.actor)
+            while todo and idle:  # an actor has one unit at a time: there is no queue to overflow
+                i, a = todo.pop(0), idle.pop(0)
+                running[pool[a].run.remote(units[i], version, weights)] = self._job(i, a)
         return [results[i] for i in range(len(units))]
+
+    def _replace(self, pool: list[Any], a: int) -> Any:
+        """A new actor in the place of one.
+
+        Raises:
+            RuntimeError: the pool was closed meanwhile.
+        """
+        import ray
+
+        with self._lock:
+            if pool is not self._actors or self._start is None:
+                raise RuntimeError("the rollouts were closed while they ran.")
+            ray.kill(pool[a])
+            pool[a] = self._start()
+            return pool[a]
 
     def _job(self, unit: int | None, actor: int) -> _Job:
         seconds = START_SECONDS if unit is None else self._settings.timeout or float("inf")
@@ -154,7 +168,7 @@ class RayRollouts:
             raise error
         what = "it starts" if unit is None else f"groups {list(unit.group_ids)} of update {unit.seed[-1]} run"
         why = f"{type(error).__name__}: {error}"
-        if tries < self._settings.attempts:
+        if tries < (START_ATTEMPTS if unit is None else self._settings.attempts):
             logger.warning("a rollout worker failed (%s); it is replaced and %s again.", why, what)
             return None
         if unit is None:
@@ -171,12 +185,15 @@ class RayRollouts:
 
     def close(self) -> None:
         """See `Rollouts`. The Ray runtime stays up: it may not be ours."""
-        if self._actors:
+        with self._lock:
+            actors, self._actors, self._start = self._actors, [], None
+        self._thread.shutdown(wait=False, cancel_futures=True)  # what runs there sees that the pool is another
+        self._thread = ThreadPoolExecutor(1)
+        if actors:
             import ray
 
-            for actor in self._actors:
+            for actor in actors:
                 ray.kill(actor)
-        self._actors, self._start = [], None
 
     def _connect(self, policy: VideoPolicy) -> None:
         join_ray(self._num_workers, self._num_gpus)

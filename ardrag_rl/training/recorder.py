@@ -8,6 +8,7 @@ from dataclasses import fields
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor
 
 from ardrag_rl.rewards import Aesthetic, WeightedReward
@@ -71,13 +72,12 @@ class Recorder:
                 self.note(field.name, value)
 
     def means(self, accelerator: Accelerator) -> dict[str, float]:
-        """Over all processes, since the last call."""
-        means = {name: float(np.mean(values)) for name, values in sorted(self._values.items()) if values}
+        """Over all processes, since the last call; one that has no number of a name does not count for it."""
+        own = {name: float(np.mean(values)) for name, values in self._values.items() if values}
         self._values.clear()
-        if means and accelerator.num_processes > 1:
-            vector = torch.tensor(list(means.values()), device=accelerator.device)
-            means = dict(zip(means, accelerator.reduce(vector, "mean").tolist(), strict=True))
-        return means
+        every = gather_object([own]) if accelerator.num_processes > 1 else [own]
+        names = sorted({name for means in every for name in means})
+        return {name: float(np.mean([means[name] for means in every if name in means])) for name in names}
 
 
 def _by_group(rollout: Rollout) -> list[Tensor]:

@@ -41,7 +41,7 @@ from ardrag_rl.training.lora import add_lora, has_lora, lora_disabled, merged, t
 from ardrag_rl.training.progress import RewardProgress
 from ardrag_rl.training.ray_rollouts import RayRollouts
 from ardrag_rl.training.recorder import Recorder
-from ardrag_rl.training.sharded import whole
+from ardrag_rl.training.sharded import set_up_fsdp, whole
 from ardrag_rl.training.stats import loss_stats
 from ardrag_rl.training.workers import (
     EnvSpec,
@@ -109,6 +109,7 @@ class GRPOTrainer(Trainer):
         self._reference: VideoPolicy | None = None
         if args.beta and not has_lora(policy):
             self._reference = copy.deepcopy(policy).requires_grad_(False).eval()
+        args._n_gpu = min(1, args.n_gpu)  # one process has one: no DataParallel, which would take the actors' too
         super().__init__(
             model=policy,
             args=args,
@@ -118,10 +119,13 @@ class GRPOTrainer(Trainer):
             optimizers=optimizers,
         )
         # what FSDP shards can neither be copied nor saved as it is
-        self._skeleton = copy.deepcopy(policy).to("meta") if self.is_fsdp_enabled else None
+        self._skeleton = copy.deepcopy(policy).to("meta") if set_up_fsdp(self.accelerator) else None
+        policy.to(args.device)  # FSDP puts it there when training starts, and it may be asked before
         if self._reference is not None:
             self._reference.to(args.device)
         if args.sync_ref_model:
+            if self._skeleton is not None:
+                raise ValueError("sync_ref_model=True under FSDP: shards do not mix into a whole reference; use DDP.")
             if self._reference is None:
                 raise ValueError("sync_ref_model=True needs a reference of its own: beta > 0 and use_peft=False.")
             self.add_callback(SyncRefModelCallback(self._reference, self.accelerator))
@@ -158,7 +162,8 @@ class GRPOTrainer(Trainer):
         return self.accelerator.unwrap_model(self.model)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """As in `transformers.Trainer`. Where a reward, a task's file or anything else fails, a checkpoint is saved.
+        """As in `transformers.Trainer`. Where a reward, a task's file or anything else fails, a run of one process
+        saves a checkpoint; one of several would wait for the others, and their last checkpoint counts.
 
         A resumed run equals an uninterrupted one where the checkpoint fell between two generations, as it always does
         while num_iterations is 1 and steps_per_generation is gradient_accumulation_steps.
@@ -253,9 +258,11 @@ class GRPOTrainer(Trainer):
     def _check_room(self) -> None:
         if self.args.should_save and self.args.output_dir:
             Path(self.args.output_dir).mkdir(parents=True, exist_ok=True)
-            trained = sum(p.numel() * p.itemsize for p in self.policy.parameters() if p.requires_grad)
-            extra = trained if self._ahead is not None else 0
-            size = 3 * trained + extra + sum(p.nbytes for p in self._synced_reference().values())  # AdamW has two
+            parameters = list(self.policy.parameters())
+            trained = sum(p.numel() * p.itemsize for p in parameters if p.requires_grad)
+            size = 3 * trained + sum(p.nbytes for p in self._synced_reference().values())  # AdamW has two averages
+            size += trained if self._ahead is not None else 0
+            size += sum(p.numel() * p.itemsize for p in parameters) if self._skeleton is not None else 0
             check_room(self.args.output_dir, size + 2**20)
 
     def _synced_reference(self) -> dict[str, Tensor]:

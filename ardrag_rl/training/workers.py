@@ -132,13 +132,14 @@ class LocalRollouts:
 
     def run(self, units: Sequence[Unit], policy: VideoPolicy) -> list[UnitResult]:
         """See `Rollouts`."""
-        with _threads(self._settings.threads), reward_limits(self._settings.limits), unsharded(policy):
+        with _threads(self._settings.threads), unsharded(policy):
             return [self.run_unit(unit, policy) for unit in units]
 
     def run_unit(self, unit: Unit, policy: VideoPolicy) -> UnitResult:
         """One unit. A failing reward drops its group, where the settings allow it, and no other."""
         try:
-            return self._collect(unit, policy)
+            with reward_limits(self._settings.limits):
+                return self._collect(unit, policy)
         except RewardError as error:
             if not self._settings.skip_failures or isinstance(error, RewardLeak):  # it would go on in this process
                 raise
