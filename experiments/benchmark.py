@@ -48,21 +48,27 @@ PARTS = ("cache", "replay", "group", "outside", "growth")
 
 
 @dataclass
-class BenchmarkArguments:
-    """What is measured, on what."""
+class MeasureArguments:
+    """On what, and how often; also of benchmark_update.py."""
 
     pipeline: str = field(default="tiny", metadata={"help": "An embedded pipeline, a folder, or a hub id."})
     tasks: str = field(default="sprites-hard", metadata={"help": "A name, a manifest, or a folder of clips."})
+    repeats: int = field(default=5, metadata={"help": "Turns of each side."})
+    warmup: int = field(default=1, metadata={"help": "Turns before these."})
+    threads: int = field(default=2, metadata={"help": "torch threads."})
+    output_dir: str = field(default="runs/benchmark", metadata={"help": "Where the two files go."})
+
+
+@dataclass
+class BenchmarkArguments(MeasureArguments):
+    """What is measured."""
+
     num_frames: int | None = field(default=None, metadata={"help": "Latent frames; unset: the task source's."})
     only: list[str] = field(default_factory=lambda: list(PARTS), metadata={"help": f"Of {', '.join(PARTS)}."})
     group: int = field(default=8, metadata={"help": "Videos of a group in the rollouts."})
     near: int = field(default=8, metadata={"help": "The earlier frame of `growth`."})
     far: int = field(default=64, metadata={"help": "The later frame of `growth`."})
-    repeats: int = field(default=5, metadata={"help": "Turns of each side."})
-    warmup: int = field(default=1, metadata={"help": "Turns before these."})
-    threads: int = field(default=2, metadata={"help": "torch threads."})
     device: str = field(default="cpu", metadata={"help": "Of policy and codec."})
-    output_dir: str = field(default="runs/benchmark", metadata={"help": "Where the two files go."})
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """What an update of GRPO costs, as ratios measured in one run: ours beside the way peers do it, and Ray's own share.
 
     python experiments/benchmark_update.py                                 about four minutes on two cores
-    python experiments/benchmark_update.py --only workers --repeats 5
+    python experiments/benchmark_update.py --only workers --repeats 9
 
 - update: rollouts and gradient of one update, against the same update as peers make it: videos one by one, the old
   log-probabilities computed again, replay step by step. Both give the same gradient: it stops where they do not.
@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmark import PLAN, Measured, gradient, measure, replay_step_by_step, write_results
+from benchmark import PLAN, MeasureArguments, Measured, gradient, measure, replay_step_by_step, write_results
 from trl import TrlParser
 
 from ardrag_rl.flow import GaussianStep, Kernel
@@ -37,11 +37,9 @@ PARTS = ("update", "workers", "ray")
 
 
 @dataclass
-class UpdateArguments:
-    """What is measured, on what."""
+class UpdateArguments(MeasureArguments):
+    """What is measured."""
 
-    pipeline: str = field(default="tiny", metadata={"help": "An embedded pipeline, a folder, or a hub id."})
-    tasks: str = field(default="sprites-hard", metadata={"help": "A name, a manifest, or a folder of clips."})
     num_frames: int = field(default=16, metadata={"help": "Latent frames."})
     only: list[str] = field(default_factory=lambda: list(PARTS), metadata={"help": f"Of {', '.join(PARTS)}."})
     group: int = field(default=12, metadata={"help": "Videos of a group; the update has one."})
@@ -49,10 +47,6 @@ class UpdateArguments:
     sleep: float = field(default=0.1, metadata={"help": "Seconds that a transition of the sleeping policy takes."})
     width: int = field(default=640, metadata={"help": "Of the policy of `ray`."})
     layers: int = field(default=10, metadata={"help": "Of the policy of `ray`."})
-    repeats: int = field(default=3, metadata={"help": "Turns of each side."})
-    warmup: int = field(default=1, metadata={"help": "Turns before these."})
-    threads: int = field(default=2, metadata={"help": "torch threads."})
-    output_dir: str = field(default="runs/benchmark", metadata={"help": "Where the two files go."})
 
 
 class Bench:
