@@ -430,6 +430,17 @@ def test_a_half_written_checkpoint_is_passed_over(tmp_path):
     assert last_checkpoint(tmp_path / "none") is None
 
 
+@pytest.mark.slow
+def test_the_embedded_teacher_is_a_teacher_that_is_there(tmp_path):
+    policy = VideoPolicy.from_pretrained("tiny-teacher")
+    assert policy.transformer.config["chunk_size"] == 16 and policy.schedule.num_steps == 24
+    with pytest.raises(ValueError, match="goes frame by frame"):
+        policy.session(1)
+    done = distil("tiny", tmp_path, "--stages", "teacher", "--teacher", "tiny-teacher")
+    assert done.returncode == 0 and "is there and is left as it is" in done.stdout, done.stderr
+    assert not (tmp_path / "checkpoints").exists()
+
+
 def test_unknown_stages_are_refused(tiny_pipeline, tmp_path):
     done = distil(tiny_pipeline, tmp_path, "--stages", "students")
     assert done.returncode and "choose from teacher, start, student" in done.stderr
