@@ -10,8 +10,8 @@ Stages, each a pipeline in a folder of `output_dir` and each resumable from any 
   needs the data only, and DMD corrects the distribution afterwards either way.) With `--start_history own` and
   `--start_from` another start, it goes on behind frames that it made itself, which undoes drift before DMD does.
 - `student`: Self-Rollout with DMD and an adversarial loss (Algorithm 1); `--rollout self_forcing` and
-  `--rollout teacher_forcing` are the baselines. Runs from one `start` with other settings go to other `--student`
-  folders.
+  `--rollout teacher_forcing` are the baselines. Runs from one `start` with other settings, `--chunk_size` and `--window`
+  among them, go to other `--student` folders.
 
 How it departs from the paper: critic and student share one rollout in the updates where both learn. Averages of the
 weights (EMA) are what is saved.
@@ -52,7 +52,7 @@ OF_STAGE = {  # what the settings that a stage depends on begin with
     "teacher": (*COMMON, "teacher_", "muon", "text_dropout", "control_dropout"),
     "start": (*COMMON, "start_", "teacher", "muon", "text_dropout", "chunk_size", "window"),
     "student": (
-        *(*COMMON, "student_", "critic_", "teacher", "start", "rollout", "step_per_frame"),
+        *(*COMMON, "student_", "critic_", "teacher", "start", "rollout", "step_per_frame", "chunk_size", "window"),
         *("dmd", "adversarial", "discriminator", "guidance", "shift", "negative_prompt"),
     ),
 }
@@ -103,7 +103,7 @@ class DistillArguments:
 
     chunk_size: int = field(default=1, metadata={"help": "Frames the student denoises together; environments need 1."})
     window: int | None = field(
-        default=None, metadata={"help": "Clean frames the student looks back on; unset: init's."}
+        default=None, metadata={"help": "Clean frames the student looks back on; unset: as before."}
     )
     student_updates: int = field(default=1000, metadata={"help": "Updates of the critic."})
     student_batch: int = field(default=4, metadata={"help": "Clips per device and update."})
@@ -189,7 +189,8 @@ class Run:
         """Self-Rollout with DMD and an adversarial loss."""
         args = self.args
         teacher = VideoPolicy.from_pretrained(self.made(args.teacher), self.training.device)
-        student = self._trainable(VideoPolicy.from_pretrained(self.made(args.start)), args.lora_rank)
+        start = VideoPolicy.from_pretrained(self.made(args.start), self.training.device)
+        student = self._trainable(start.with_chunks(args.chunk_size, window=args.window), args.lora_rank)
         critic = self._trainable(VideoPolicy.from_pretrained(self.made(args.teacher)))
         negative = (
             Codec.from_pretrained(self.init).encode_text([args.negative_prompt]) if args.negative_prompt else None
