@@ -10,8 +10,8 @@ Stages, each a pipeline in a folder of `output_dir` and each resumable from any 
   needs the data only, and DMD corrects the distribution afterwards either way.) With `--start_history own` and
   `--start_from` another start, it goes on behind frames that it made itself, which undoes drift before DMD does.
 - `student`: Self-Rollout with DMD and an adversarial loss (Algorithm 1); `--rollout self_forcing` and
-  `--rollout teacher_forcing` are the baselines. Runs from one `start` with other settings, `--chunk_size` and `--window`
-  among them, go to other `--student` folders.
+  `--rollout teacher_forcing` are the baselines. Runs from one `start` with other settings, such as `--chunk_size`
+  and `--window`, go to other `--student` folders.
 
 How it departs from the paper: critic and student share one rollout in the updates where both learn. Averages of the
 weights (EMA) are what is saved.

@@ -1,7 +1,8 @@
 """A GRPO run of four updates that kills its own process where it is told, once: python chaos.py PIPELINE FOLDER WHERE.
 
 WHERE is rollout (while a reward scores), update (between two micro-batches), checkpoint (half of a file is written),
-between (after an update, before its checkpoint), or nothing. A run that is started again goes on.
+between (after an update, before its checkpoint), or nothing. Of several processes the first that comes there
+dies. A run that is started again goes on.
 """
 
 import os
@@ -79,4 +80,6 @@ counts = {}
 trainer = Trainer(pipeline, args, tasks="sprites", rewards=[Brightness()], callbacks=[Between()])
 last = last_checkpoint(folder)
 trainer.train(resume_from_checkpoint=None if last is None else str(last))
-safetensors.torch.save_file({k: v.contiguous() for k, v in trainer.policy.state_dict().items()}, folder / "end")
+if args.should_save:
+    safetensors.torch.save_file({k: v.contiguous() for k, v in trainer.policy.state_dict().items()}, folder / "end")
+trainer.accelerator.end_training()

@@ -10,7 +10,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import TrainerCallback
 
@@ -296,50 +295,6 @@ def test_micro_batches_and_checkpointing_do_not_change_the_update(tiny_pipeline,
     assert (moved[0] - moved[2]).norm() < 1e-3 * moved[0].norm()
 
 
-PROCESS = """
-import sys
-import torch
-from ardrag_rl.training.config import GRPOConfig
-from ardrag_rl.training.lora import trainable_state
-from ardrag_rl.training.trainer import GRPOTrainer
-
-pipeline, folder, videos, workers = sys.argv[1:]
-args = GRPOConfig(
-    output_dir=folder, per_device_train_batch_size=int(videos), gradient_accumulation_steps=2, num_generations=4,
-    num_frames=3, max_steps=2, learning_rate=1.0, optim="sgd", max_grad_norm=0.0, report_to="none", disable_tqdm=True,
-    save_strategy="no", use_cpu=True, rollout_threads=1, stochastic_step=0, rollout_workers=int(workers),
-)
-trainer = GRPOTrainer(pipeline, args, tasks="sprites", rewards=["smoothness"])
-trainer.train()
-weights = torch.cat([p.flatten() for p in trainable_state(trainer.policy).values()])
-torch.save(weights, f"{folder}/{args.process_index}.pt")
-trainer.save_model()
-trainer.accelerator.end_training()
-"""
-TESTS = Path(__file__).parent
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "workers, launcher", [(0, []), (2, []), (0, [str(TESTS / "sharded.py")])], ids=["data parallel", "one Ray", "FSDP"]
-)
-def test_two_processes_make_the_update_of_one(tiny_pipeline, tmp_path, workers, launcher):
-    """2 x 2 videos per micro-batch against 4: gradients sync, and each process rolls out half of the groups."""
-    script = tmp_path / "process.py"
-    script.write_text(PROCESS)
-    for folder, count, more, actors in (("one", 1, [], 0), ("two", 2, launcher, workers)):
-        (tmp_path / folder).mkdir()
-        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count), *more]
-        command = [*launch, *map(str, (script, tiny_pipeline, tmp_path / folder, 4 // count, actors))]
-        done = subprocess.run(command, capture_output=True, text=True, cwd=TESTS.parent)
-        assert done.returncode == 0, done.stderr[-3000:]
-    one, first, second = (torch.load(tmp_path / f, weights_only=True) for f in ("one/0.pt", "two/0.pt", "two/1.pt"))
-    start = weights(VideoPolicy.from_pretrained(tiny_pipeline))
-    assert torch.equal(first, second) and torch.equal(first, weights(VideoPolicy.from_pretrained(tmp_path / "two")))
-    assert (one - start).norm() > 0
-    assert (one - first).norm() < 1e-3 * (one - start).norm()
-
-
 def test_second_iteration_is_off_policy(tiny_pipeline, tmp_path):
     trainer = trainer_of(tiny_pipeline, tmp_path, num_iterations=2, max_steps=2, epsilon=1e-9)
     trainer.train()
@@ -358,24 +313,6 @@ def test_resumed_run_equals_an_uninterrupted_one(tiny_pipeline, tmp_path):
     resumed.train(resume_from_checkpoint=True)
     assert resumed.state.global_step == 4
     assert torch.equal(weights(whole.policy), weights(resumed.policy))
-
-
-@pytest.mark.slow
-def test_a_run_that_is_killed_again_and_again_ends_as_if_it_were_not(tiny_pipeline, tmp_path):
-    """While it rolls out, between micro-batches, before a checkpoint and in the middle of one; reference included."""
-
-    def run(folder, where):
-        folder.mkdir(exist_ok=True)
-        command = [sys.executable, str(Path(__file__).parent / "chaos.py"), str(tiny_pipeline), str(folder), where]
-        done = subprocess.run(command, capture_output=True, text=True)
-        assert done.returncode == (0 if where == "nothing" else -9), done.stderr[-3000:]
-
-    run(tmp_path / "calm", "nothing")
-    for where in ("rollout", "update", "between", "checkpoint", "nothing"):
-        run(tmp_path / "chaos", where)
-    calm, chaos = (load_file(tmp_path / name / "end") for name in ("calm", "chaos"))
-    assert all(torch.equal(calm[name], chaos[name]) for name in calm)
-    assert len(list((tmp_path / "chaos").glob("died-*"))) == 4
 
 
 def test_a_full_disk_is_an_error_before_anything_is_trained_or_written(tiny_pipeline, tmp_path, monkeypatch):
