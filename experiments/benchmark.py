@@ -17,26 +17,20 @@ the ratios of the turns. Absolute times say something about the machine only. Wr
 
 from __future__ import annotations
 
-import contextlib
-import platform
 import time
-from collections import defaultdict
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import torch
+from measuring import MeasureArguments, Measured, Share, measure, profile, ratio, run
 from trl import TrlParser
 
 from ardrag_rl.envs import ARDragEnv, ARDragVectorEnv
-from ardrag_rl.envs.mdp import Episodes
 from ardrag_rl.flow import GaussianStep, Kernel
-from ardrag_rl.hub import write_json
-from ardrag_rl.policies import Session, VideoPolicy
+from ardrag_rl.policies import VideoPolicy
 from ardrag_rl.policies.chunks import Chunk, Conditions, chunk_slices
 from ardrag_rl.policies.generate import generate_latents
 from ardrag_rl.rollout import Plan, Rollout
@@ -48,98 +42,14 @@ PARTS = ("cache", "replay", "group", "outside", "growth")
 
 
 @dataclass
-class MeasureArguments:
-    """On what, and how often; also of benchmark_update.py."""
-
-    pipeline: str = field(default="tiny", metadata={"help": "An embedded pipeline, a folder, or a hub id."})
-    tasks: str = field(default="sprites-hard", metadata={"help": "A name, a manifest, or a folder of clips."})
-    repeats: int = field(default=5, metadata={"help": "Turns of each side."})
-    warmup: int = field(default=1, metadata={"help": "Turns before these."})
-    threads: int = field(default=2, metadata={"help": "torch threads."})
-    output_dir: str = field(default="runs/benchmark", metadata={"help": "Where the two files go."})
-
-
-@dataclass
 class BenchmarkArguments(MeasureArguments):
     """What is measured."""
 
     num_frames: int | None = field(default=None, metadata={"help": "Latent frames; unset: the task source's."})
-    only: list[str] = field(default_factory=lambda: list(PARTS), metadata={"help": f"Of {', '.join(PARTS)}."})
     group: int = field(default=8, metadata={"help": "Videos of a group in the rollouts."})
     near: int = field(default=8, metadata={"help": "The earlier frame of `growth`."})
     far: int = field(default=64, metadata={"help": "The later frame of `growth`."})
     device: str = field(default="cpu", metadata={"help": "Of policy and codec."})
-
-
-@dataclass(frozen=True)
-class Measured:
-    """Slow over fast, by medians of seconds.
-
-    Attributes:
-        what: the two sides, in words.
-        ratio: of the medians; above 1 the first named side is slower.
-        low, high: quartiles of the ratios of single turns.
-        seconds: the two medians, slow side first.
-        target: what it should be, in words; empty where nothing is promised.
-    """
-
-    what: str
-    ratio: float
-    low: float
-    high: float
-    seconds: tuple[float, float]
-    target: str = ""
-
-
-@dataclass(frozen=True)
-class Share:
-    """Where a rollout's time goes: part -> fraction, `total` seconds in all."""
-
-    total: float
-    parts: dict[str, float]
-
-    @property
-    def outside(self) -> float:
-        """Neither transformer nor codec."""
-        return 1 - self.parts["transformer"] - self.parts["codec"]
-
-
-def main() -> None:
-    """Measure, write, print."""
-    (args,) = TrlParser((BenchmarkArguments,)).parse_args_and_config()  # type: ignore[arg-type]
-    unknown = [name for name in args.only if name not in PARTS]
-    if unknown or args.repeats < 1:
-        raise SystemExit(
-            f"--only {' '.join(unknown)} --repeats {args.repeats}: choose of {', '.join(PARTS)}; 1 or more."
-        )
-    torch.set_num_threads(args.threads)
-    bench = Bench(args)
-    ratios: list[Measured] = []
-    share = None
-    for name in args.only:
-        if name == "outside":
-            share = bench.outside()
-        else:
-            ratios += getattr(bench, name)()
-    write_results(Path(args.output_dir), "benchmark", ratios, share, bench.policy, args)
-
-
-def write_results(
-    folder: Path, name: str, ratios: list[Measured], share: Share | None, policy: VideoPolicy, args: Any
-) -> None:
-    """Writes name.md and name.json, and prints the first."""
-    facts = {
-        "machine": f"{platform.processor() or platform.machine()}, {args.threads} threads, {policy.device}",
-        "torch": torch.__version__,
-        "parameters": sum(p.numel() for p in policy.parameters()),
-        "arguments": vars(args),
-    }
-    text = format_markdown(ratios, share, facts)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{name}.md").write_text(text)
-    measured = {"ratios": [asdict(r) for r in ratios], "share": None if share is None else asdict(share)}
-    write_json(folder / f"{name}.json", measured | {"facts": facts})
-    print(f"\n{text}\n{folder}/: {name}.json, {name}.md")
 
 
 class Bench:
@@ -225,19 +135,14 @@ class Bench:
             ),
         ]
 
-    def outside(self) -> Share:
+    def outside(self) -> list[Share]:
         """Where the time of a group's rollout goes."""
         turns = []
         for i in range(self.args.warmup + self.args.repeats):
             with profile(self.policy, self.group_envs, self._wait) as seconds:
                 collect(self.group_envs, self.policy, PLAN, 1 + i, tasks=[1 + i])  # a new task each, as in training
             turns.append(seconds)
-        turns = turns[self.args.warmup :]
-        totals = [sum(t.values()) for t in turns]
-        names = sorted({name for t in turns for name in t})
-        return Share(
-            float(np.median(totals)), {k: float(np.sum([t[k] for t in turns]) / np.sum(totals)) for k in names}
-        )
+        return [Share.of("A group's rollout", turns[self.args.warmup :], target="at most 25 %")]
 
     def growth(self) -> list[Measured]:
         """Seconds of a late frame against an early one, both in the same rollout."""
@@ -258,16 +163,16 @@ class Bench:
             spent.append(seconds)
         turns = np.stack(spent[self.args.warmup :])
 
-        def ratio(what: str, seconds: np.ndarray, target: str = "") -> Measured:
+        def late_over_early(what: str, seconds: np.ndarray, target: str = "") -> Measured:
             # four frames each, since one is a few milliseconds
             late, early = (np.median(seconds[:, m - 3 : m + 1], 1) for m in (far, near + 3))
-            return _ratio(what, late, early, target)
+            return ratio(what, late, early, target)
 
         window = self.policy.transformer.config["window"]  # type: ignore[attr-defined]
         where = f"frames {far - 3} to {far} / {near} to {near + 3}, window of {window}"
         return [
-            ratio(f"{where}: all of it", turns.sum(2), "at most 1.1"),
-            ratio(f"{where}: policy", turns[..., 0]),
+            late_over_early(f"{where}: all of it", turns.sum(2), "at most 1.1"),
+            late_over_early(f"{where}: policy", turns[..., 0]),
         ]
 
     def _envs(self, size: int, num_frames: int | None = None) -> ARDragVectorEnv:
@@ -332,102 +237,10 @@ def without_cache(policy: VideoPolicy, plan: Plan, given: Conditions) -> torch.T
     return clean
 
 
-@contextlib.contextmanager
-def profile(policy: VideoPolicy, envs: ARDragVectorEnv, wait: Callable[[], None]) -> Iterator[dict[str, float]]:
-    """Seconds by part while it is open: each call's own, without the parts it calls; the rest is `other`."""
-    seconds: dict[str, float] = defaultdict(float)
-    running = ["other"]
-    last = [time.perf_counter()]
-
-    def switch() -> None:
-        wait()
-        now = time.perf_counter()
-        seconds[running[-1]] += now - last[0]
-        last[0] = now
-
-    def timed(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            switch()
-            running.append(name)
-            try:
-                return function(*args, **kwargs)
-            finally:
-                switch()
-                running.pop()
-
-        return call
-
-    def rewarded(name: str, start: Callable[..., Any]) -> Callable[..., Any]:
-        def begin(controls: Any) -> Any:
-            session = start(controls)
-            session.append = timed(name, session.append)
-            return session
-
-        return timed(name, begin)
-
-    with contextlib.ExitStack() as stack:
-
-        def patch(target: Any, attribute: str, replacement: Any) -> None:
-            stack.enter_context(mock.patch.object(target, attribute, replacement))
-
-        parts: list[tuple[str, Any, tuple[str, ...]]] = [
-            ("transformer", policy.transformer, ("forward", "encode_context")),
-            ("codec", envs.codec, ("encode", "decode", "encode_heat_maps", "encode_text")),
-            ("tasks", type(envs.source), ("__getitem__",)),
-            ("tasks", envs.mdp, ("fit",)),
-            ("observations", Episodes, ("observe",)),
-            ("session", Session, ("transition",)),
-        ]
-        for name, target, methods in parts:
-            for method in methods:
-                patch(target, method, timed(name, getattr(target, method)))
-        for reward in (term.reward for term in envs.rewards):
-            patch(reward, "start", rewarded(f"reward {reward.name}", reward.start))
-        last[0] = time.perf_counter()
-        yield seconds
-        switch()
-
-
-def measure(
-    what: str,
-    slow: Callable[[], object],
-    fast: Callable[[], object],
-    repeats: int,
-    warmup: int,
-    target: str = "",
-    now: Callable[[], float] = time.perf_counter,
-) -> Measured:
-    """Both sides in turns."""
-    seconds = np.zeros((warmup + repeats, 2))
-    for turn in seconds:
-        for side, run in enumerate((slow, fast)):
-            start = now()
-            run()
-            turn[side] = now() - start
-    return _ratio(what, *seconds[warmup:].T, target)
-
-
-def _ratio(what: str, slow: np.ndarray, fast: np.ndarray, target: str) -> Measured:
-    """Of the seconds of both sides, turn by turn."""
-    low, high = np.quantile(slow / fast, [0.25, 0.75])
-    seconds = float(np.median(slow)), float(np.median(fast))
-    return Measured(what, seconds[0] / seconds[1], float(low), float(high), seconds, target)
-
-
-def format_markdown(ratios: list[Measured], share: Share | None, facts: dict[str, Any]) -> str:
-    """Two tables."""
-    lines = [f"{facts['machine']}, torch {facts['torch']}, {facts['parameters'] / 1e6:.1f} M parameters", ""]
-    if ratios:
-        lines += ["| slow / fast | ratio | quartiles | seconds | promised |", "|---|---|---|---|---|"]
-    for r in ratios:
-        seconds = " / ".join(f"{s:.3g}" for s in r.seconds)
-        lines.append(f"| {r.what} | **{r.ratio:.2f}** | {r.low:.2f}-{r.high:.2f} | {seconds} | {r.target} |")
-    if share is not None:
-        rest = f"**{share.outside:.0%}** outside transformer and codec (promised: at most 25 %)"
-        lines += ["", f"A group's rollout, {share.total:.3g} s: {rest}", "", "| part | share |", "|---|---|"]
-        ordered = sorted(share.parts.items(), key=lambda item: -item[1])
-        lines += [f"| {name} | {part:.1%} |" for name, part in ordered]
-    return "\n".join(lines) + "\n"
+def main() -> None:
+    """Measure, write, print."""
+    (args,) = TrlParser((BenchmarkArguments,)).parse_args_and_config()  # type: ignore[arg-type]
+    run(Bench, args, PARTS, "benchmark")
 
 
 if __name__ == "__main__":

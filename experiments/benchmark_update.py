@@ -1,14 +1,15 @@
 """What an update of GRPO costs, as ratios measured in one run: ours beside the way peers do it, and Ray's own share.
 
-    python experiments/benchmark_update.py                                 more than eight minutes on two cores
+    python experiments/benchmark_update.py                                 MINUTES on two cores
     python experiments/benchmark_update.py --only workers --repeats 9
 
 - update: rollouts and gradient of one update, against the same update as peers make it: videos one by one, the old
   log-probabilities computed again, replay step by step. Both give the same gradient: it stops where they do not.
 - workers: the same groups on two Ray actors against one, with a policy that sleeps in place of computing, so that
   scaling shows on a machine with few cores.
-- ray: the share of an update that Ray takes for itself, with a random-weight policy of `--width` and `--layers`: the
-  weights to an actor and into its policy, and the videos back, against that update's rollouts and gradient.
+- phases: where the time of that update goes, and of one of a random-weight policy of `--width` and `--layers`.
+- ray: the share of an update that Ray takes for itself, with that policy: the weights to an actor and into its policy,
+  and the videos back, against that update's rollouts and gradient.
 
 Sides take turns after a warm-up, and a ratio is one of medians. Writes benchmark_update.json and .md.
 """
@@ -16,14 +17,13 @@ Sides take turns after a warm-up, and a ratio is one of medians. Writes benchmar
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from functools import partial
-from pathlib import Path
+from functools import cached_property, partial
 from typing import Any
 
 import torch
-from benchmark import PLAN, MeasureArguments, Measured, gradient, measure, replay_step_by_step, write_results
+from benchmark import PLAN, gradient, replay_step_by_step
+from measuring import MeasureArguments, Measured, Share, measure, profile, run
 from trl import TrlParser
 
 from ardrag_rl.flow import GaussianStep, Kernel
@@ -31,9 +31,9 @@ from ardrag_rl.policies import CausalWanTransformer3DModel, Session, VideoPolicy
 from ardrag_rl.training.collect import collect
 from ardrag_rl.training.lora import load_trainable_state, trainable_state
 from ardrag_rl.training.ray_rollouts import RayRollouts, join_ray
-from ardrag_rl.training.workers import EnvSpec, LocalRollouts, RolloutSettings, Unit
+from ardrag_rl.training.workers import EnvSpec, RolloutSettings, Unit
 
-PARTS = ("update", "workers", "ray")
+PARTS = ("update", "phases", "workers", "ray")
 
 
 @dataclass
@@ -41,12 +41,12 @@ class UpdateArguments(MeasureArguments):
     """What is measured."""
 
     num_frames: int = field(default=16, metadata={"help": "Latent frames."})
-    only: list[str] = field(default_factory=lambda: list(PARTS), metadata={"help": f"Of {', '.join(PARTS)}."})
     group: int = field(default=12, metadata={"help": "Videos of a group; the update has one."})
     units: int = field(default=4, metadata={"help": "Groups that the workers share."})
     sleep: float = field(default=0.1, metadata={"help": "Seconds that a transition of the sleeping policy takes."})
-    width: int = field(default=640, metadata={"help": "Of the policy of `ray`."})
-    layers: int = field(default=10, metadata={"help": "Of the policy of `ray`."})
+    width: int = field(default=640, metadata={"help": "Of the larger policy."})
+    layers: int = field(default=10, metadata={"help": "Of the larger policy."})
+    large_group: int = field(default=4, metadata={"help": "Videos of its group."})
 
 
 class Bench:
@@ -102,21 +102,20 @@ class Bench:
             for pool in pools:
                 pool.close()
 
+    def phases(self) -> list[Share]:
+        """Where the time of an update goes, at both sizes."""
+        return [self._phases(self.policy, self.args.group), self._phases(self._large, self.args.large_group)]
+
     def ray(self) -> list[Measured]:
         """Ray's own share of an update."""
         import ray
 
-        config = {k: v for k, v in self.policy.transformer.config.items() if not k.startswith("_")}  # type: ignore[attr-defined]
-        heads = self.args.width // config["attention_head_dim"]
-        config |= dict(num_attention_heads=heads, num_layers=self.args.layers, ffn_dim=3 * self.args.width)
-        policy = VideoPolicy(CausalWanTransformer3DModel(**config), self.policy.schedule, self.policy.source)
-        settings = RolloutSettings(num_generations=self.args.group, threads=self.args.threads)
-        local, unit = LocalRollouts(self.env, settings), Unit((0, 0), PLAN, (0,), (0,))
-        result = local.run([unit], policy)[0].rollout
-        assert result is not None
+        policy, size = self._large, self.args.large_group
+        envs = self.env.make(size)
+        rollout = collect(envs, policy, PLAN, 0, tasks=[0])
         join_ray(3)
         actor = ray.remote(num_cpus=1)(Carrier).remote(policy)
-        videos = {k: getattr(result, k).numpy() for k in ("latents", "trajectory", "reference", "text", "log_probs")}
+        videos = {k: getattr(rollout, k).numpy() for k in ("latents", "trajectory", "reference", "text", "log_probs")}
         ray.get(actor.keep.remote(videos))
 
         def own() -> None:
@@ -126,16 +125,31 @@ class Bench:
                 torch.from_numpy(array.copy())
 
         def update() -> None:
-            rollout = local.run([unit], policy)[0].rollout
-            assert rollout is not None
-            gradient(policy, rollout, policy)
+            gradient(policy, collect(envs, policy, PLAN, 0, tasks=[0]), policy)
 
-        size = sum(p.numel() for p in policy.parameters()) / 1e6
-        what = f"an update without Ray / Ray's weights and videos ({size:.0f} M parameters, one group)"
+        what = f"an update without Ray / Ray's weights and videos ({millions(policy)}, one group of {size})"
         try:
             return [measure(what, update, own, self.args.repeats, self.args.warmup, "above 20: less than 5 %")]
         finally:
             ray.kill(actor)
+
+    @cached_property
+    def _large(self) -> VideoPolicy:
+        config = {k: v for k, v in self.policy.transformer.config.items() if not k.startswith("_")}  # type: ignore[attr-defined]
+        heads = self.args.width // config["attention_head_dim"]
+        config |= dict(num_attention_heads=heads, num_layers=self.args.layers, ffn_dim=3 * self.args.width)
+        return VideoPolicy(CausalWanTransformer3DModel(**config), self.policy.schedule, self.policy.source)
+
+    def _phases(self, policy: VideoPolicy, size: int) -> Share:
+        envs, turns = self.env.make(size), []
+        for i in range(self.args.warmup + self.args.repeats):
+            with profile(policy, envs, lambda: None) as seconds:
+                rollout = collect(envs, policy, PLAN, 1 + i, tasks=[1 + i])  # a new task each, as in training
+            start = time.perf_counter()
+            gradient(policy, rollout, policy)
+            turns.append(seconds | {"gradient": time.perf_counter() - start})
+        what = f"An update of one group of {size} videos ({millions(policy)})"
+        return Share.of(what, turns[self.args.warmup :], inside=("transformer", "codec", "gradient"))
 
 
 class SleepingPolicy(VideoPolicy):
@@ -178,19 +192,15 @@ class Carrier:
         return self._videos
 
 
+def millions(policy: VideoPolicy) -> str:
+    """How large it is."""
+    return f"{sum(p.numel() for p in policy.parameters()) / 1e6:.0f} M parameters"
+
+
 def main() -> None:
     """Measure, write, print."""
     (args,) = TrlParser((UpdateArguments,)).parse_args_and_config()  # type: ignore[arg-type]
-    unknown = [name for name in args.only if name not in PARTS]
-    if unknown or args.repeats < 1:
-        raise SystemExit(
-            f"--only {' '.join(unknown)} --repeats {args.repeats}: choose of {', '.join(PARTS)}; 1 or more."
-        )
-    torch.set_num_threads(args.threads)
-    bench = Bench(args)
-    run: dict[str, Callable[[], list[Measured]]] = {name: getattr(bench, name) for name in args.only}
-    ratios = [ratio for part in run.values() for ratio in part()]
-    write_results(Path(args.output_dir), "benchmark_update", ratios, None, bench.policy, args)
+    run(Bench, args, PARTS, "benchmark_update")
 
 
 if __name__ == "__main__":

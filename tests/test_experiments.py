@@ -229,7 +229,7 @@ def test_benchmark_compares_equal_things(bench, script):
 
 def test_profile_accounts_for_all_time_and_leaves_nothing_behind(bench):
     before = bench.group_envs.codec.decode
-    share = bench.outside()
+    (share,) = bench.outside()
     assert sum(share.parts.values()) == pytest.approx(1)
     for name in ("transformer", "codec", "session", "observations", "tasks", "reward motion", "reward aesthetic"):
         assert 0 < share.parts[name] < 1, name
@@ -246,7 +246,7 @@ def test_benchmark_writes_its_tables(tiny_pipeline, tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     record = json.loads((tmp_path / "out/benchmark.json").read_text())
     assert len(record["ratios"]) == 7 and all(r["ratio"] > 0 for r in record["ratios"])
-    assert record["share"]["total"] > 0
+    assert record["shares"][0]["total"] > 0
     text = (tmp_path / "out/benchmark.md").read_text()
     assert text in done.stdout and "at least 3" in text and "outside transformer and codec" in text
 
@@ -266,11 +266,14 @@ def test_benchmark_of_updates_writes_its_table(tiny_pipeline, tmp_path):
         "2",
     ]
     flags += ["--repeats", "1", "--warmup", "0", "--threads", "1", "--sleep", "0.01", "--width", "48", "--layers", "2"]
+    flags += ["--large_group", "2"]
     command = [sys.executable, str(EXPERIMENTS / "benchmark_update.py"), *flags, "--output_dir", "out"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
-    ratios = json.loads((tmp_path / "out/benchmark_update.json").read_text())["ratios"]
+    record = json.loads((tmp_path / "out/benchmark_update.json").read_text())
+    ratios, shares = record["ratios"], record["shares"]
     assert ["peers" in ratios[0]["what"], "on two" in ratios[1]["what"], "Ray" in ratios[2]["what"]] == [True] * 3
+    assert len(shares) == 2 and all(share["parts"]["gradient"] > 0 for share in shares)
 
 
 def test_benchmark_refuses(script, monkeypatch):
