@@ -59,6 +59,15 @@ def test_order_of_work_does_not_matter(env, policy, local):
     assert local.groups.tolist() == [g for g in range(8) for _ in range(2)]
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_mixed_precision_is_of_the_products_alone(env, policy, local, dtype):
+    """The kernels stay float32: the action is scored on the mean it was drawn around, and all of it near float32's."""
+    mixed = join_results(LocalRollouts(env, replace(SETTINGS, dtype=dtype)).run(UNITS[:1], policy)).rollout
+    scored, whole = mixed.latents[:, 0, :2], local.latents[: len(mixed), 0, :2]  # of frame 0, before they part
+    assert mixed.latents.dtype == mixed.log_probs.dtype == torch.float32
+    assert 0 < (scored - whole).abs().max() < 0.1
+
+
 def test_one_worker_gives_the_same_numbers(runtime, env, policy, local):
     rollouts = RayRollouts(env, SETTINGS, policy, 1)
     try:

@@ -109,7 +109,7 @@ class GRPOConfig(trl.GRPOConfig):
     ratio_tolerance: float = field(
         default=1e-4,
         metadata={
-            "help": "Largest |log p - recorded| before an update; above: an error in float32, a warning in bf16."
+            "help": "Largest |log p - recorded| before an update; above: an error in float32, a warning in mixed precision."
         },
     )
 
@@ -219,6 +219,11 @@ class GRPOConfig(trl.GRPOConfig):
                 f"groups_per_batch={self.groups_per_batch} does not divide the {groups} groups a process generates; "
                 "choose a divisor."
             )
+
+    @property
+    def autocast_dtype(self) -> torch.dtype:
+        """What rollouts and learner multiply in; float32 is no mixed precision."""
+        return torch.bfloat16 if self.bf16 else torch.float16 if self.fp16 else torch.float32
 
     @property
     def groups_per_generation(self) -> int:

@@ -80,11 +80,11 @@ def estimate(
         latent_shape: (C, h, w); text_shape: (L, D).
     """
     assert args.num_generations and args.groups_per_batch
-    plan, dtype = args.plan(0, policy.schedule.num_steps), torch.bfloat16 if args.bf16 else torch.float32
+    plan, dtype = args.plan(0, policy.schedule.num_steps), args.autocast_dtype
     groups = args.groups_per_generation
     videos, together = groups * args.num_generations, args.groups_per_batch * args.num_generations
     micro = args.per_device_train_batch_size
-    with FakeTensorMode(), torch.autocast("cpu", torch.bfloat16, enabled=bool(args.bf16)):
+    with FakeTensorMode(), torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
         fake = VideoPolicy(CausalWanTransformer3DModel.from_config(policy.transformer.config), policy.schedule)
         if args.use_peft:
             add_lora(fake, args.lora_r, args.lora_alpha, args.lora_target_modules)

@@ -138,7 +138,7 @@ class GRPOTrainer(Trainer):
             share_noise=args.share_noise,
             log_prob_reduction=args.log_prob_reduction,
             threads=args.rollout_threads,
-            bf16=bool(args.bf16),
+            dtype=args.autocast_dtype,
             skip_failures=args.on_group_error == "skip",
             limits=Limits(args.reward_timeout, args.reward_memory),
             timeout=args.rollout_timeout,
@@ -318,7 +318,7 @@ class GRPOTrainer(Trainer):
             f"{self.args.ratio_tolerance:.0e}: the learner's replay is not the policy that acted, and clipping would "
             "clip its error."
         )
-        if not self.args.bf16 and next(self.policy.parameters()).dtype == torch.float32:
+        if {self.args.autocast_dtype, next(self.policy.parameters()).dtype} == {torch.float32}:
             raise RuntimeError(message + " Look for dropout, another dtype, or weights that changed in between.")
         logger.warning_once(message + " In low precision this is expected; keep epsilon well above it.")
 

@@ -59,6 +59,7 @@ class RolloutSettings:
 
     Attributes:
         skip_failures: go on without a group that fails, in place of raising.
+        dtype: of the policy's matrix products; float32 is no mixed precision.
         limits: of rewards.
         timeout, attempts: of a unit on an actor: seconds it may take, and how often it is tried.
         others: as in `GRPOConfig`.
@@ -68,7 +69,7 @@ class RolloutSettings:
     share_noise: bool = True
     log_prob_reduction: Reduction = "mean"
     threads: int = 1
-    bf16: bool = False
+    dtype: torch.dtype = torch.float32
     skip_failures: bool = False
     limits: Limits = NONE
     timeout: float | None = None
@@ -161,7 +162,7 @@ class LocalRollouts:
             self._envs[num_envs] = self._env.make(num_envs)
         envs = self._envs[num_envs]
         tasks = task_indices(len(envs.source), unit.seed[0], unit.positions)
-        with torch.autocast(policy.device.type, torch.bfloat16, enabled=s.bf16):
+        with torch.autocast(policy.device.type, s.dtype, enabled=s.dtype != torch.float32):
             rollout, timings = collect_timed(
                 envs, policy, unit.plan, unit.seed, tasks, unit.group_ids, s.share_noise, s.log_prob_reduction
             )
