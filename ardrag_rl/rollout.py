@@ -138,6 +138,19 @@ class Rollout:
         picked["task_ids"] = tuple(self.task_ids[i] for i in index.tolist())
         return Rollout(**picked)  # type: ignore[arg-type]
 
+    def filled(self, size: int) -> Rollout:
+        """`size` episodes: where some are missing, copies of the first that count nothing (advantage 0).
+
+        The others weigh more, so that a mean over all is the mean over them.
+        """
+        if len(self) == size:
+            return self
+        assert self.advantages is not None
+        weight = torch.tensor([size / len(self)] * len(self) + [0.0] * (size - len(self)))
+        rows = self.select([*range(len(self)), *[0] * (size - len(self))])
+        assert rows.advantages is not None
+        return replace(rows, advantages=rows.advantages * weight[:, None])
+
     def to(self, device: torch.device | str) -> Rollout:
         """All tensors on another device."""
 

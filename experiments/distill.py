@@ -34,7 +34,7 @@ from ardrag_rl import hub
 from ardrag_rl.codec import Codec
 from ardrag_rl.distill.critic import Critic
 from ardrag_rl.distill.distillation import Distillation, DistillSettings
-from ardrag_rl.distill.fit import averaged, compile_blocks, fit, settings
+from ardrag_rl.distill.fit import averaged, fit, settings
 from ardrag_rl.distill.flow_matching import FlowMatching, LatentClips, OwnHistory
 from ardrag_rl.distill.muon import muon
 from ardrag_rl.distill.trainers import DistillTrainer
@@ -42,6 +42,7 @@ from ardrag_rl.envs.fit import parse_size
 from ardrag_rl.envs.tasks import make_tasks
 from ardrag_rl.flow import Kernel, Schedule
 from ardrag_rl.policies import VideoPolicy
+from ardrag_rl.policies.compiled import compile_blocks
 from ardrag_rl.training.lora import add_lora, merged
 from ardrag_rl.training.sharded import gathered
 

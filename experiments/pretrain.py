@@ -21,13 +21,14 @@ from trl import TrlParser
 
 from ardrag_rl import hub
 from ardrag_rl.codec import Codec
-from ardrag_rl.distill.fit import compile_blocks, fit
+from ardrag_rl.distill.fit import fit
 from ardrag_rl.distill.flow_matching import FlowMatching, LatentClips, OwnHistory
 from ardrag_rl.distill.muon import muon
 from ardrag_rl.distill.text_encoder import save_text_encoder
 from ardrag_rl.envs.sprites import LEVELS, SPLITS, Sprites
 from ardrag_rl.flow import Kernel, Schedule
 from ardrag_rl.policies import CausalWanTransformer3DModel, VideoPolicy
+from ardrag_rl.policies.compiled import compile_blocks
 
 
 @dataclass

@@ -17,6 +17,7 @@ from ardrag_rl.envs import ARDragVectorEnv
 from ardrag_rl.flow import Kernel
 from ardrag_rl.media import write_image
 from ardrag_rl.policies import VideoPolicy
+from ardrag_rl.policies.compiled import eager_blocks
 from ardrag_rl.rewards import Reward, RewardError
 from ardrag_rl.rollout import Plan
 from ardrag_rl.training.checkpoints import last_checkpoint
@@ -329,6 +330,20 @@ def test_a_full_disk_is_an_error_before_anything_is_trained_or_written(tiny_pipe
         trainer.train()
     assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-2"
     assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_compiled_blocks_make_the_same_update(tiny_pipeline, tmp_path):
+    after = []
+    for compiled in (False, True):
+        settings = dict(compile=compiled, max_steps=1, optim="sgd", max_grad_norm=0.0, learning_rate=1.0)
+        trainer = trainer_of(tiny_pipeline, tmp_path, **settings)
+        try:
+            trainer.train()
+        finally:
+            eager_blocks()
+        after.append(weights(trainer.policy))
+    moved = [w - weights(VideoPolicy.from_pretrained(tiny_pipeline)) for w in after]
+    assert not torch.equal(*moved) and (moved[0] - moved[1]).norm() < 1e-3 * moved[0].norm()
 
 
 def test_reference_kl(tiny_pipeline, tmp_path):

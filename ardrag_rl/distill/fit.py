@@ -14,7 +14,6 @@ from torch.utils.data import Dataset
 from transformers import TrainerCallback, TrainingArguments
 
 from ardrag_rl.distill.trainers import BucketTrainer
-from ardrag_rl.policies import transformer
 from ardrag_rl.training.checkpoints import last_checkpoint
 
 
@@ -85,18 +84,3 @@ class _Averaging(TrainerCallback):
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
         self._average.update_parameters(self._source)
-
-
-_EAGER = transformer._run_block
-
-
-def compile_blocks() -> None:
-    """torch.compile for passes with gradient that have no cache (2.5 times as fast on a CPU); a cache grows, and every
-    length would be compiled anew."""
-    compiled = torch.compile(_EAGER, dynamic=False)
-
-    def run(block: Any, x: Tensor, modulation: Tensor, rotary: Any, layout: Any, past: Any, *rest: Any) -> Any:
-        chosen = compiled if past is None and torch.is_grad_enabled() else _EAGER
-        return chosen(block, x, modulation, rotary, layout, past, *rest)
-
-    transformer._run_block = run  # type: ignore[assignment]

@@ -34,6 +34,10 @@ _REFUSED = {
         "use_transformers_paged ds3_gather_for_generation",
         "rollouts run in process or, with rollout_workers > 0, on Ray actors",
     ),
+    "compiling a whole model": (
+        "torch_compile torch_compile_backend torch_compile_mode",
+        "compile=True compiles the blocks of the transformer, for the learner's passes",
+    ),
     "logging of texts": (
         "log_completions log_multimodal num_completions_to_print log_unique_prompts log_completions_hub_repo",
         "the report draws videos",
@@ -109,7 +113,7 @@ class GRPOConfig(trl.GRPOConfig):
     ratio_tolerance: float = field(
         default=1e-4,
         metadata={
-            "help": "Largest |log p - recorded| before an update; above: an error in float32, a warning in mixed precision."
+            "help": "Largest |log p - recorded| before an update; above: an error, in mixed precision a warning."
         },
     )
 
@@ -145,6 +149,11 @@ class GRPOConfig(trl.GRPOConfig):
     on_group_error: str = field(
         default="raise",
         metadata={"help": "Of groups that fail: raise: save a checkpoint and stop; skip: go on without them."},
+    )
+
+    # Learner
+    compile: bool = field(
+        default=False, metadata={"help": "torch.compile the transformer's blocks for the learner's passes."}
     )
 
     # LoRA, under the names of TRL's ModelConfig

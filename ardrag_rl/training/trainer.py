@@ -29,6 +29,7 @@ from ardrag_rl.envs.tasks import make_tasks
 from ardrag_rl.flow import GaussianStep
 from ardrag_rl.hub import pipeline_path, pipeline_size
 from ardrag_rl.policies import VideoPolicy
+from ardrag_rl.policies.compiled import compile_blocks
 from ardrag_rl.rewards import Limits, RewardError, make_rewards
 from ardrag_rl.rollout import Rollout
 from ardrag_rl.training.advantages import compute_advantages
@@ -104,6 +105,8 @@ class GRPOTrainer(Trainer):
         if args.gradient_checkpointing:  # diffusers' own; Trainer knows transformers' only
             policy.transformer.enable_gradient_checkpointing()  # type: ignore[attr-defined]
             args.gradient_checkpointing = args.activation_checkpointing = False
+        if args.compile:
+            compile_blocks()
         if args.use_peft:
             add_lora(policy, args.lora_r, args.lora_alpha, args.lora_target_modules)
         self._reference: VideoPolicy | None = None
@@ -336,7 +339,7 @@ class GRPOTrainer(Trainer):
         advantages = compute_advantages(rollout.rewards, rollout.groups, args.scale_rewards, args.credit)  # type: ignore[arg-type]
         self._record.generation(result, advantages)
         size = args.groups_per_generation * args.num_generations
-        rollout = _fill(replace(rollout, advantages=advantages), size)
+        rollout = replace(rollout, advantages=advantages).filled(size)
         order = np.random.default_rng([args.seed, generation]).permutation(len(rollout))
         parts = [rollout.select(part.tolist()) for part in np.array_split(order, args.steps_per_generation)]
         return [replace(part, ref_steps=self._reference_steps(part)) for part in parts] if args.beta else parts
@@ -383,18 +386,3 @@ class _Videos(Dataset[int]):
 
     def __getitem__(self, index: int) -> int:
         return index
-
-
-def _fill(rollout: Rollout, size: int) -> Rollout:
-    """Fills the places of dropped groups with copies of the first video that count nothing.
-
-    All processes then have micro-batches of one size; the others weigh more, so that the loss is the mean over them.
-    """
-    missing = size - len(rollout)
-    if not missing:
-        return rollout
-    assert rollout.advantages is not None
-    weight = torch.cat([torch.full((len(rollout),), size / len(rollout)), torch.zeros(missing)])
-    filled = rollout.select([*range(len(rollout)), *[0] * missing])
-    assert filled.advantages is not None
-    return replace(filled, advantages=filled.advantages * weight[:, None])
