@@ -1,0 +1,68 @@
+"""A published checkpoint becomes a pipeline folder of ours."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from ardrag_rl import hub
+from ardrag_rl.flow import Schedule
+from ardrag_rl.policies.policy import VideoPolicy
+from ardrag_rl.policies.weights import load_transformer
+from ardrag_rl.policies.widen import widen
+
+
+def convert(
+    source: str | Path,
+    output: str | Path,
+    components: str | Path | None = None,
+    *,
+    timesteps: Sequence[float] | None = None,
+    height: int = 480,
+    width: int = 832,
+    **how: Any,
+) -> VideoPolicy:
+    """Writes what `VideoPolicy.from_pretrained` and `Codec.from_pretrained` load.
+
+    While the control is absent (no points: zero latents), the result generates what its source generates from the same
+    noise and prompt; see `widen` for the channels. What a source must be given for that:
+
+    - Self-Forcing, CausVid, Causal-Forcing: their `chunk_size` (3, frame-wise 1), `timesteps` (1000, 937.5, 833.3333,
+      625; CausVid 1000, 757, 522), the `renoise` kernel, and a `window` over all earlier frames (18 behind 21). Where
+      they set `local_attn_size`, that counts the chunk: `window` = `local_attn_size` - `chunk_size`. They know no
+      reference image: its columns are zero.
+    - LongLive: the same, up to the frame where its window of 12 is full; the sink it keeps from there is none of ours.
+    - Wan2.1, SkyReels-V2 and Fun see all frames at once: a `chunk_size` of as many frames. With less they are a start
+      for distillation and no more.
+    - Image to video: frame 0 is as in the source. After it the sources condition on the latents of grey frames (Fun-
+      Control: on zeros), and get those by `reference`; an environment gives Eq. 6's noise, which they have to learn.
+
+    Args:
+        source: of `load_transformer`.
+        output: a folder that is not there yet.
+        components: the pipeline whose vae, text_encoder and tokenizer (and image_encoder, image_processor, where the
+            transformer takes image tokens) are copied: an embedded name, a folder, a hub id; None for the source.
+        timesteps: of the few-step schedule; None for the components' own, or AR-Drag's.
+        height, width: px, the pipeline's resolution.
+        how: of `load_transformer`: entry, lora, lora_alpha, window, chunk_size.
+
+    Raises:
+        FileExistsError: output is there.
+        FileNotFoundError, ValueError: of `load_transformer`; components are no pipeline.
+    """
+    output = Path(output)
+    if output.exists():
+        raise FileExistsError(f"output={str(output)!r} is there already: name a new folder.")
+    origin = hub.pipeline_path(source if components is None else components)
+    schedule = hub.load_schedule(origin) if timesteps is None else Schedule(tuple(timesteps))
+    policy = VideoPolicy(widen(load_transformer(source, **how)), schedule, origin)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=output.parent, prefix=f"{output.name}.") as folder:  # never half of it
+        partial = Path(folder) / output.name
+        policy.save_pretrained(partial)
+        index = hub.read_json(partial / "model_index.json")
+        hub.write_json(partial / "model_index.json", index | {"sample_height": height, "sample_width": width})
+        partial.rename(output)
+    return VideoPolicy(policy.transformer, schedule, output)
