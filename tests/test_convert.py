@@ -395,6 +395,11 @@ def test_files_that_are_no_weights_are_refused(components, tmp_path):
         load_transformer(tmp_path)
     with pytest.raises(ValueError, match="'nothing-here' is unknown"):
         load_transformer("nothing-here")
+
+
+def test_an_adapter_that_does_not_fit_is_refused(tmp_path):
+    model = random_model()
+    torch.save({"generator": original(model.state_dict(), "model.")}, tmp_path / "model.pt")
     lora, _ = lora_of(model, 3)
     first = next(iter(lora))
     del lora[first]
@@ -406,7 +411,15 @@ def test_files_that_are_no_weights_are_refused(components, tmp_path):
         load_transformer(tmp_path / "model.pt", lora=tmp_path / "lora.pt")
     with pytest.raises(FileNotFoundError, match=r"gone\.pt does not exist"):
         load_transformer(tmp_path / "model.pt", lora=tmp_path / "gone.pt")
-    assert not (tmp_path / "out").exists()
+
+
+def test_components_of_another_model_are_refused(components, tiny_pipeline, tmp_path):
+    save_file(original(random_model().state_dict()), tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"give \(latent channels, text width\) \(4, 16\).* takes \(16, 16\)"):
+        convert(tmp_path / "model.safetensors", tmp_path / "out", tiny_pipeline)
+    with pytest.raises(ValueError, match="is a file"):
+        convert(tmp_path / "model.safetensors", tmp_path / "out")
+    assert [p.name for p in tmp_path.iterdir()] == ["model.safetensors"]
 
 
 def test_other_formats_are_sent_to_the_converter(tmp_path):

@@ -50,7 +50,7 @@ def convert(
 
     Raises:
         FileExistsError: output is there.
-        FileNotFoundError, ValueError: of `load_transformer`; components are no pipeline.
+        FileNotFoundError, ValueError: of `load_transformer`; components are no pipeline, or one for another model.
     """
     output = Path(output)
     if output.exists():
@@ -58,6 +58,14 @@ def convert(
     origin = hub.pipeline_path(source if components is None else components)
     schedule = hub.load_schedule(origin) if timesteps is None else Schedule(tuple(timesteps))
     policy = VideoPolicy(widen(load_transformer(source, **how)), schedule, origin)
+    vae, text = (hub.read_json(origin / part / "config.json") for part in ("vae", "text_encoder"))
+    has = vae.get("z_dim", vae.get("latent_channels")), text.get("d_model")
+    needs = policy.latent_channels, policy.transformer.config["text_dim"]
+    if has != needs:
+        raise ValueError(
+            f"the components in {str(origin)!r} give (latent channels, text width) {has}, and the transformer takes "
+            f"{needs}: name the pipeline that it was made for."
+        )
     output.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=output.parent, prefix=f"{output.name}.") as folder:  # never half of it
         partial = Path(folder) / output.name
