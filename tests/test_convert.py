@@ -417,7 +417,7 @@ def test_components_of_another_model_are_refused(components, tiny_pipeline, tmp_
     save_file(original(random_model().state_dict()), tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match=r"give \(latent channels, text width\) \(4, 16\).* takes \(16, 16\)"):
         convert(tmp_path / "model.safetensors", tmp_path / "out", tiny_pipeline)
-    with pytest.raises(ValueError, match="is a file"):
+    with pytest.raises(ValueError, match="no whole pipeline: give as components"):
         convert(tmp_path / "model.safetensors", tmp_path / "out")
     assert [p.name for p in tmp_path.iterdir()] == ["model.safetensors"]
 

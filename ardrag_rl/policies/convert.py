@@ -27,17 +27,18 @@ def convert(
     """Writes what `VideoPolicy.from_pretrained` and `Codec.from_pretrained` load.
 
     While the control is absent (no points: zero latents), the result generates what its source generates from the same
-    noise and prompt; see `widen` for the channels. What a source must be given for that:
+    noise, prompt and, where it reads them, condition and image tokens; `widen` has the channels. What that takes:
 
     - Self-Forcing, CausVid, Causal-Forcing: their `chunk_size` (3, frame-wise 1), `timesteps` (1000, 937.5, 833.3333,
-      625; CausVid 1000, 757, 522), the `renoise` kernel, and a `window` over all earlier frames (18 behind 21). Where
-      they set `local_attn_size`, that counts the chunk: `window` = `local_attn_size` - `chunk_size`. They know no
-      reference image: its columns are zero.
-    - LongLive: the same, up to the frame where its window of 12 is full; the sink it keeps from there is none of ours.
-    - Wan2.1, SkyReels-V2 and Fun see all frames at once: a `chunk_size` of as many frames. With less they are a start
-      for distillation and no more.
-    - Image to video: frame 0 is as in the source. After it the sources condition on the latents of grey frames (Fun-
-      Control: on zeros), and get those by `reference`; an environment gives Eq. 6's noise, which they have to learn.
+      625; CausVid 1000, 757, 522), the `renoise` kernel, and a `window` over all earlier frames (18 of 21). Where they
+      set `local_attn_size`, that counts the chunk: `window` = `local_attn_size` - `chunk_size`.
+    - LongLive: the same, until its local attention rolls; the sink that it keeps from there is not a rolling window's.
+    - Wan2.1, SkyReels-V2 and Fun see all frames at once: a `chunk_size` of as many frames. A smaller one makes them
+      causal, which they were not trained for: a start for distillation.
+    - Text to video: the reference image has no effect until it is trained.
+    - Image to video: mask and reference of frame 0 are as an environment gives them. For later frames the sources
+      condition on the latents of grey frames (Fun-Control: on zeros), and so reproduce themselves when `reference` holds
+      those; an environment puts Eq. 6's noise there, which they have not seen.
 
     Args:
         source: of `load_transformer`.
@@ -55,6 +56,9 @@ def convert(
     output = Path(output)
     if output.exists():
         raise FileExistsError(f"output={str(output)!r} is there already: name a new folder.")
+    local = Path(source).expanduser()
+    if components is None and local.exists() and not (local / "model_index.json").is_file():
+        raise ValueError(f"{str(source)!r} is no whole pipeline: give as components one with vae and text encoder.")
     origin = hub.pipeline_path(source if components is None else components)
     schedule = hub.load_schedule(origin) if timesteps is None else Schedule(tuple(timesteps))
     policy = VideoPolicy(widen(load_transformer(source, **how)), schedule, origin)
