@@ -37,7 +37,7 @@ def convert(
       causal, which they were not trained for: a start for distillation.
     - Text to video: the reference image has no effect until it is trained.
     - Image to video: mask and reference of frame 0 are as an environment gives them. For later frames the sources
-      condition on the latents of grey frames (Fun-Control: on zeros), and so reproduce themselves when `reference` holds
+      condition on the latents of grey frames (Fun-Control: on zeros), and so are reproduced when `reference` holds
       those; an environment puts Eq. 6's noise there, which they have not seen.
 
     Args:
