@@ -19,6 +19,12 @@ COMPONENTS = {  # folder -> (library, class); the codec may be any diffusers aut
     "tokenizer": ("transformers", "PreTrainedTokenizerFast"),
     "scheduler": ("diffusers", "FlowMatchEulerDiscreteScheduler"),
 }
+OWN = {  # of model_index.json, whatever the other components are
+    "_class_name": "ARDragPipeline",
+    "transformer": list(COMPONENTS["transformer"]),
+    "scheduler": list(COMPONENTS["scheduler"]),
+}
+CONVERT = "experiments/convert.py makes one of other checkpoints."
 
 
 def pipeline_path(name: str | Path) -> Path:
@@ -37,9 +43,11 @@ def pipeline_path(name: str | Path) -> Path:
     if folder.is_dir():
         if not (folder / "model_index.json").is_file():
             raise ValueError(
-                f"the folder {str(name)!r} has no model_index.json: expected a pipeline in diffusers layout."
+                f"the folder {str(name)!r} has no model_index.json: expected a pipeline in diffusers layout. {CONVERT}"
             )
         return folder
+    if folder.is_file():
+        raise ValueError(f"{str(name)!r} is a file: expected a pipeline in diffusers layout. {CONVERT}")
     if isinstance(name, str) and name.count("/") == 1 and not name.startswith((".", "/", "~")):
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
@@ -105,10 +113,8 @@ def local_file(file: str | Path) -> Path:
 
 def save_index(path: Path, height: int, width: int) -> None:
     """Writes the model_index.json of a pipeline for height x width pixels, with the classes in `COMPONENTS`."""
-    index: dict[str, Any] = {"_class_name": "ARDragPipeline"}
-    index.update({k: list(v) for k, v in COMPONENTS.items()})
-    index.update(sample_height=height, sample_width=width)
-    write_json(path / "model_index.json", index)
+    index = {k: list(v) for k, v in COMPONENTS.items()} | OWN
+    write_json(path / "model_index.json", index | {"sample_height": height, "sample_width": width})
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """A policy acting by its sessions on conditions that an environment would fix at reset."""
 
 import torch
+from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 
 from ardrag_rl.policies import CausalWanTransformer3DModel, VideoPolicy
 from ardrag_rl.rollout import Rollout
@@ -35,6 +36,31 @@ def conditions(frames=FRAMES, batch=BATCH, seed=0, **extra):
 
 def text_of(batch, g, length=8):
     return torch.randn(batch, length, 16, generator=g)
+
+
+class Masked(WanAttnProcessor):
+    """diffusers' attention with a mask that its block does not pass on."""
+
+    def __init__(self, mask):
+        super().__init__()
+        self.mask = mask
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb=None):
+        return super().__call__(attn, hidden_states, encoder_hidden_states, self.mask, rotary_emb)
+
+
+@torch.no_grad()
+def masked_forward(plain, frames, timesteps, text, image, chunk, window):
+    """diffusers' own model on frames (B, F, C_in, h, w) at timesteps (F,), under the banded mask -> (B, F, C, h, w)."""
+    _, ph, pw = plain.config.patch_size
+    tokens = frames.shape[-2] // ph * (frames.shape[-1] // pw)
+    owner = torch.arange(frames.shape[1]).repeat_interleave(tokens)
+    start = owner[:, None] // chunk * chunk  # of the query's chunk
+    mask = (owner >= start - window) & (owner < start + chunk)
+    for block in plain.blocks:
+        block.attn1.set_processor(Masked(mask))
+    per_token = timesteps.repeat_interleave(tokens).expand(len(frames), -1)
+    return plain(frames.transpose(1, 2), per_token, text, image).sample.transpose(1, 2)
 
 
 def observe(given, latents, m, n):

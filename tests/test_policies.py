@@ -7,9 +7,22 @@ from dataclasses import replace
 
 import pytest
 import torch
-from acting import BATCH, CLOSE, FRAMES, SHAPE, WINDOW, act, clean_pass, conditions, generator, observe, small, text_of
+from acting import (
+    BATCH,
+    CLOSE,
+    FRAMES,
+    SHAPE,
+    WINDOW,
+    act,
+    clean_pass,
+    conditions,
+    generator,
+    masked_forward,
+    observe,
+    small,
+    text_of,
+)
 from diffusers import WanTransformer3DModel
-from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 
 from ardrag_rl.flow import Kernel, Schedule
 from ardrag_rl.policies import CausalWanTransformer3DModel, VideoPolicy, transformer
@@ -24,17 +37,6 @@ def policy(tiny_pipeline):
 OURS = ("window", "chunk_size", "prediction_type")  # what diffusers' class does not know
 
 
-class Masked(WanAttnProcessor):
-    """diffusers' attention with a mask that its block does not pass on."""
-
-    def __init__(self, mask):
-        super().__init__()
-        self.mask = mask
-
-    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb=None):
-        return super().__call__(attn, hidden_states, encoder_hidden_states, self.mask, rotary_emb)
-
-
 @torch.no_grad()
 def dense(policy, frames, timesteps, text, image=None):
     """What the last layer predicts, (B, F, C, h, w), of frames (B, F, C_in, h, w) at timesteps (F,), masked."""
@@ -42,16 +44,7 @@ def dense(policy, frames, timesteps, text, image=None):
     config = {k: v for k, v in model.config.items() if not k.startswith("_") and k not in OURS}
     plain = WanTransformer3DModel(**config)
     plain.load_state_dict(model.state_dict())  # the same parameters under the same names
-    _, ph, pw = model.config.patch_size
-    tokens = frames.shape[-2] // ph * (frames.shape[-1] // pw)
-    owner = torch.arange(frames.shape[1]).repeat_interleave(tokens)
-    chunk = model.config.chunk_size
-    start = owner[:, None] // chunk * chunk  # of the query's chunk
-    mask = (owner >= start - model.config.window) & (owner < start + chunk)
-    for block in plain.blocks:
-        block.attn1.set_processor(Masked(mask))
-    per_token = timesteps.repeat_interleave(tokens).expand(len(frames), -1)
-    return plain(frames.transpose(1, 2), per_token, text, image).sample.transpose(1, 2)
+    return masked_forward(plain, frames, timesteps, text, image, model.config.chunk_size, model.config.window)
 
 
 def dense_velocity(policy, given, clean, x, m, n):
@@ -83,15 +76,17 @@ def test_one_frame_is_diffusers_own_forward(image):
     torch.testing.assert_close(got[:, 0], want, atol=1e-5, rtol=1e-5)
 
 
-def test_one_chunk_is_the_bidirectional_forward():
-    policy = small(chunk_size=FRAMES)
+@pytest.mark.parametrize("image", [False, True])
+def test_one_chunk_is_the_bidirectional_forward(image):
     g = generator()
-    x, text = torch.randn(BATCH, FRAMES, 13, 8, 8, generator=g), text_of(BATCH, g)
+    policy = small(chunk_size=FRAMES, **(dict(image_dim=10, added_kv_proj_dim=24) if image else {}))
+    tokens = torch.randn(BATCH, 5, 10, generator=g) if image else None
+    x, text = torch.randn(BATCH, FRAMES, 13, 8, 8, generator=g), text_of(BATCH, g, 512 if image else 8)
     model = policy.transformer
     with torch.no_grad():
         t = torch.tensor([755.0, 522.0])
-        want = WanTransformer3DModel.forward(model, x.transpose(1, 2), t, text).sample.transpose(1, 2)
-        got, _ = model(model.encode_context(text), None, x[:, None], t[:, None, None])
+        want = WanTransformer3DModel.forward(model, x.transpose(1, 2), t, text, tokens).sample.transpose(1, 2)
+        got, _ = model(model.encode_context(text, tokens), None, x[:, None], t[:, None, None])
     torch.testing.assert_close(got[:, 0], want, atol=1e-5, rtol=1e-5)
 
 

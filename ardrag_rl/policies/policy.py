@@ -12,6 +12,8 @@ from ardrag_rl import hub
 from ardrag_rl.flow import GaussianStep, Schedule
 from ardrag_rl.policies.session import Session
 from ardrag_rl.policies.transformer import CausalWanTransformer3DModel
+from ardrag_rl.policies.weights import check_keys
+from ardrag_rl.policies.widen import widen
 from ardrag_rl.rollout import Rollout
 
 
@@ -35,7 +37,7 @@ class VideoPolicy(nn.Module):
         if given <= 3 * channels:
             raise ValueError(
                 f"the transformer takes in_channels={given}: expected more than {3 * channels}, that is {channels} "
-                "each of latent, reference and trajectory, and a mask. Widen its patch embedding by zeros."
+                "each of latent, reference and trajectory, and a mask. Widen its patch embedding by zeros (`widen`)."
             )
         self.transformer = transformer
         self.schedule = schedule or Schedule()
@@ -47,31 +49,37 @@ class VideoPolicy(nn.Module):
     ) -> VideoPolicy:
         """Loads the transformer and schedule of a pipeline: an embedded name, a folder or a hub id.
 
+        Pipelines of diffusers' own Wan2.1 and SkyReels-V2 classes are taken too, their input channels widened
+        (`widen`); other checkpoints by way of `convert`.
+
         Raises:
-            ValueError: the pipeline is unknown or its files do not fit together.
+            ValueError: the pipeline is unknown or its files do not fit together; all keys that do not are listed.
         """
         path = hub.pipeline_path(pipeline)
         hub.read_json(path / "transformer" / "config.json")  # a missing one is otherwise looked for on the hub
         where = f"the transformer of {str(path)!r}"
         try:
             transformer, info = CausalWanTransformer3DModel.from_pretrained(
-                path / "transformer", torch_dtype=dtype, use_safetensors=True, output_loading_info=True
+                path / "transformer",
+                torch_dtype=dtype,
+                use_safetensors=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are refused below, all at once
             )
         except (NotImplementedError, RuntimeError, ValueError) as error:  # diffusers' words for another geometry
             raise ValueError(f"{where} does not fit its config.json: {error}") from error
-        for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-            if info[kind]:
-                raise ValueError(f"{where} does not fit its config.json: {kind} {sorted(info[kind])[:3]}.")
-        return cls(transformer, hub.load_schedule(path), path).to(device)
+        misshaped = [f"{key} {tuple(has)}, expected {tuple(want)}" for key, has, want in info["mismatched_keys"]]
+        check_keys(f"{where} does not fit its config.json", info["missing_keys"], info["unexpected_keys"], misshaped)
+        return cls(widen(transformer), hub.load_schedule(path), path).to(device)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes a whole pipeline: this transformer and schedule, the other components copied from the source."""
         folder = Path(folder)
         if self.source is not None and folder.resolve() != self.source.resolve():
-            for name in ("vae", "text_encoder", "tokenizer"):
+            for name in ("vae", "text_encoder", "tokenizer", "image_encoder", "image_processor"):
                 if (self.source / name).is_dir():
                     shutil.copytree(self.source / name, folder / name, dirs_exist_ok=True)
-            index = hub.read_json(self.source / "model_index.json")
+            index = hub.read_json(self.source / "model_index.json") | hub.OWN
             hub.write_json(folder / "model_index.json", index)
         self.transformer.save_pretrained(folder / "transformer")
         config = hub.read_json(folder / "transformer" / "config.json")

@@ -97,6 +97,12 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
         if chunk_size < 1:
             raise ValueError(f"chunk_size={chunk_size}: expected at least one frame.")
 
+    @classmethod
+    def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> tuple[dict, dict, dict]:
+        """diffusers' own, less what only other classes have (SkyReels-V2's): a config here is arguments and notes."""
+        arguments, unused, hidden = super().extract_init_dict(config_dict, **kwargs)
+        return arguments, unused, {key: value for key, value in hidden.items() if key.startswith("_")}
+
     def new_cache(self) -> Cache:
         """An empty cache of the model's window."""
         return RollingCache(self.config["window"])
