@@ -68,7 +68,7 @@ class VideoPolicy(nn.Module):
         """Writes a whole pipeline: this transformer and schedule, the other components copied from the source."""
         folder = Path(folder)
         if self.source is not None and folder.resolve() != self.source.resolve():
-            for name in ("vae", "text_encoder", "tokenizer"):
+            for name in ("vae", "text_encoder", "tokenizer", "image_encoder", "image_processor"):
                 if (self.source / name).is_dir():
                     shutil.copytree(self.source / name, folder / name, dirs_exist_ok=True)
             index = hub.read_json(self.source / "model_index.json")
