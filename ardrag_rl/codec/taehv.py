@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
@@ -43,14 +44,17 @@ class TinyDecoder(nn.Module):
                 raise ValueError(f"a TAEHV file has no key {PREFIX}{key}: expected {PREFIX}1.weight and so on.")
             shapes[int(index)][name] = value.shape
         if not {"weight", "bias"} <= set(shapes[1]):
-            raise ValueError(f"no TAEHV file: it has no {PREFIX}1.weight, but {', '.join(sorted(weights)[:4])}, ...")
+            raise ValueError(
+                f"it has no {PREFIX}1.weight and .bias, but {', '.join(sorted(weights)[:4])}, ...: expected a TAEHV "
+                "file, and of its kinds not the wider 'super' one."
+            )
         last = max(shapes)
         self.layers = nn.Sequential(*(_layer(i, shapes) for i in range(last + 1)))
         self.layers.load_state_dict(own)
         grows = [layer for layer in self.layers if isinstance(layer, Grow)]
         self._patch = round((shapes[last]["weight"][0] / 3) ** 0.5)
         self.latent_channels = int(shapes[1]["weight"][1])
-        self.temporal_stride = int(torch.tensor([g.stride for g in grows]).prod())
+        self.temporal_stride = math.prod(grow.stride for grow in grows)
         self.spatial_stride = self._patch * 2 ** len(grows)
 
     @classmethod
