@@ -41,14 +41,14 @@ class WanAutoencoder(VideoAutoencoder):
 
     def encode_next(self, pixels: Tensor, state: State | None) -> tuple[Tensor, State]:
         """See `ImageAutoencoder.encode_next`."""
-        vae, size = self.vae, _pair(pixels)
+        vae, size = self.vae, _pair(pixels)  # diffusers tiles what is patchified, but asks the size before that
         out = size[0] // self.spatial_stride, size[1] // self.spatial_stride
         x = patchify(pixels.transpose(1, 2).to(vae.dtype), self._patch)
 
         def run(tile: Tensor, cache: list[Any]) -> Tensor:
             return vae.quant_conv(vae.encoder(tile, feat_cache=cache, feat_idx=[0]))
 
-        tiles = self._tiles(size, 1, 1, self.spatial_stride // self._patch) or Tiles(_pair(x), _pair(x), out)
+        tiles = self._tiles(size, 1, self.spatial_stride // self._patch) or Tiles(_pair(x), _pair(x), out)
         moments, state = self._rows(vae.encoder, run, x, state, tiles)
         mean = moments[..., : out[0], : out[1]].chunk(2, 1)[0]
         return self._normalise(mean.transpose(1, 2)), state
@@ -63,7 +63,7 @@ class WanAutoencoder(VideoAutoencoder):
             return vae.decoder(vae.post_quant_conv(tile), feat_cache=cache, feat_idx=[0], first_chunk=first)
 
         z = self._denormalise(latents).transpose(1, 2)
-        tiles = self._tiles(size, stride, stride, self._patch) or Tiles(size, size, out)
+        tiles = self._tiles(size, stride, self._patch) or Tiles(size, size, out)
         pixels, state = self._rows(vae.decoder, run, z, state, tiles)
         return unpatchify(pixels[..., : out[0], : out[1]], self._patch).transpose(1, 2), state
 
@@ -71,12 +71,15 @@ class WanAutoencoder(VideoAutoencoder):
     def _patch(self) -> int:
         return self.vae.config["patch_size"] or 1
 
-    def _tiles(self, size: Size, unit: int, inside: int, outside: int) -> Tiles | None:
-        """None for frames of `size`, in units of so many pixels, that fit in one tile."""
+    def _tiles(self, size: Size, inside: int, outside: int) -> Tiles | None:
+        """Of frames of `size`, where what goes in and comes out is so many times smaller than diffusers' tile sizes.
+
+        None where a frame is not to be tiled.
+        """
         vae = self.vae
         least = vae.tile_sample_min_height, vae.tile_sample_min_width
         stride = vae.tile_sample_stride_height, vae.tile_sample_stride_width
-        if not vae.use_tiling or all(s <= n // unit for s, n in zip(size, least, strict=True)):
+        if not vae.use_tiling or all(s <= n // inside for s, n in zip(size, least, strict=True)):
             return None
         kept = stride[0] // outside, stride[1] // outside
         return Tiles(

@@ -47,7 +47,7 @@ class Conditions:
         trajectory: (F, C, h, w), the encoded heat maps of all frames.
         image: (C, h, w), the encoded reference image.
         text: (L, D), the prompt's embedding.
-        tokens: (L', D'), of the reference image, where the pipeline has an image encoder.
+        tokens: (1, L', D'), of the reference image, where the pipeline has an image encoder.
     """
 
     trajectory: Tensor
@@ -203,12 +203,11 @@ class VideoMDP:
             return known[1]
         control = task.control
         # one task at a time: a batch of another size would give other last digits
-        tokens = self.codec.encode_images(control.image[None])
         conditions = Conditions(
             trajectory=self.codec.encode_heat_maps([control], self.height, self.width)[0].float().cpu(),
             image=self.codec.encode(control.image[None, None])[0, 0].float().cpu(),
             text=self.codec.encode_text([control.prompt])[0].float().cpu(),
-            tokens=None if tokens is None else tokens[0].cpu(),
+            tokens=self.codec.encode_images(control.image[None]),
         )
         self._cache[task.id] = (task, conditions)
         while len(self._cache) > CACHED_TASKS:
@@ -238,7 +237,7 @@ class VideoMDP:
             trajectory=torch.stack([row.trajectory for row in conditions]),
             reference=torch.stack(references),
             text=torch.stack([row.text for row in conditions]),
-            image=torch.stack(tokens) if tokens else None,
+            image=torch.cat(tokens).cpu() if tokens else None,
             decoder=self.codec.decoder(),
             sessions=tuple(w.reward.start(controls) if w.reward.causal else None for w in self.rewards),
         )

@@ -228,6 +228,11 @@ class GRPOConfig(trl.GRPOConfig):
             )
 
     @property
+    def video_size(self) -> tuple[int | None, int | None, int | None]:
+        """num_frames, height and width, as an environment takes them."""
+        return self.num_frames, self.height, self.width
+
+    @property
     def groups_per_generation(self) -> int:
         """Tasks one process rolls out at a time."""
         assert self.generation_batch_size is not None and self.num_generations is not None
