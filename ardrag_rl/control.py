@@ -77,15 +77,20 @@ class Control:
         Gaussian spots whose peak is the intensity and whose std is 10 px at a side of 256, scaled with the
         shorter side; where spots meet the stronger counts; three equal channels; -1 is no touch.
         """
-        std = HEAT_MAP_STD * min(height, width)
-        y = torch.arange(height, dtype=torch.float32) + 0.5
-        x = torch.arange(width, dtype=torch.float32) + 0.5
-        px, py, intensity = self.points.unbind(-1)  # (T, K) each
-        gx = torch.exp(-((x - (px * width)[..., None]) ** 2) / (2 * std**2))  # (T, K, W)
-        gy = torch.exp(-((y - (py * height)[..., None]) ** 2) / (2 * std**2))  # (T, K, H)
-        spots = intensity[..., None, None] * gy[..., :, None] * gx[..., None, :]  # (T, K, H, W)
-        heat = spots.amax(1) if spots.shape[1] else spots.new_zeros(spots.shape[0], height, width)
-        return (2 * heat - 1)[:, None].expand(-1, 3, -1, -1)
+        return draw_heat_maps(self.points, height, width)
+
+
+def draw_heat_maps(points: Tensor, height: int, width: int) -> Tensor:
+    """Points (..., K, 3) as pictures (..., 3, height, width) in [-1, 1], as `Control.heat_maps` says."""
+    std = HEAT_MAP_STD * min(height, width)
+    y = torch.arange(height, dtype=torch.float32) + 0.5
+    x = torch.arange(width, dtype=torch.float32) + 0.5
+    px, py, intensity = points.unbind(-1)  # (..., K) each
+    gx = torch.exp(-((x - (px * width)[..., None]) ** 2) / (2 * std**2))  # (..., K, W)
+    gy = torch.exp(-((y - (py * height)[..., None]) ** 2) / (2 * std**2))  # (..., K, H)
+    spots = intensity[..., None, None] * gy[..., :, None] * gx[..., None, :]  # (..., K, H, W)
+    heat = spots.amax(-3) if spots.shape[-3] else spots.new_zeros(*spots.shape[:-3], height, width)
+    return (2 * heat - 1)[..., None, :, :].expand(*heat.shape[:-2], 3, -1, -1)
 
 
 def _worst(values: Tensor) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ardrag_rl import hub
-from ardrag_rl.codec import Codec
+from ardrag_rl.codec import Codec, CodecSettings
 from ardrag_rl.control import Control
 from ardrag_rl.envs.fit import fit
 from ardrag_rl.envs.tasks import image_task
@@ -32,6 +32,7 @@ def generate(
     width: int | None = None,
     kernel: str = "ode",
     device: str | torch.device = "cpu",
+    codec_settings: CodecSettings | Mapping[str, Any] | None = None,
 ) -> Tensor:
     """Generates a video that follows a drag path.
 
@@ -46,6 +47,7 @@ def generate(
         height, width: in pixels; None for the pipeline's own size.
         kernel: "ode", or "renoise" as Algorithm 1 samples.
         device: where policy and codec run.
+        codec_settings: memory and speed of the codec by name; None is exact.
 
     Returns:
         the video, (T, 3, H, W) float32 in [0, 1].
@@ -58,7 +60,7 @@ def generate(
     policy = pipeline if isinstance(pipeline, VideoPolicy) else VideoPolicy.from_pretrained(pipeline, device)
     if policy.source is None:
         raise ValueError("the policy came from no pipeline folder, so its codec is unknown: pass the folder's name.")
-    codec = Codec.from_pretrained(policy.source, policy.device)
+    codec = Codec.from_pretrained(policy.source, policy.device, codec_settings)
     height, width = hub.pipeline_size(policy.source, height, width)
     codec.latent_shape(height, width)  # refuses a size that does not fit
     frames = codec.pixel_frames(num_frames)
@@ -84,11 +86,13 @@ def conditions_of(
     num_frames = codec.latent_frames(controls[0].num_frames)
     shape = (len(controls), num_frames, *codec.latent_shape(height, width))
     noise, reference = randn(shape, generators), randn(shape, generators)
-    reference[:, :1] = codec.encode(torch.stack([c.image for c in controls])[:, None]).cpu()
+    images = torch.stack([c.image for c in controls])
+    reference[:, :1] = codec.encode(images[:, None]).cpu()
     given = Conditions(
         noise.to(device),
         codec.encode_heat_maps(controls, height, width),
         reference.to(device),
         codec.encode_text([c.prompt for c in controls]),
+        codec.encode_images(images),
     )
     return given, generators

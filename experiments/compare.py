@@ -210,7 +210,7 @@ def finished_run(name: str, seed: int) -> Result:
         return result
     policy = VideoPolicy.from_pretrained(script.pipeline).to(args.device)
     terms = make_rewards(reward_spec(script.rewards, args.reward_weights))
-    env = EnvSpec(script.pipeline, script.tasks, terms, args.num_frames, args.height, args.width, str(args.device))
+    env = EnvSpec(script.pipeline, script.tasks, terms, *args.video_size, str(args.device), args.codec_settings)
     recorder = Recorder(env, script)
     measured = points(num_generations(script, args), script.eval_points)
     start = time.perf_counter()

@@ -114,7 +114,11 @@ def dry_run(script: ScriptArguments, args: GRPOConfig) -> Estimate:
     if args.use_peft:
         add_lora(policy, args.lora_r, args.lora_alpha, args.lora_target_modules)
     env = EnvSpec(
-        script.pipeline, script.tasks, reward_weights(script.rewards), args.num_frames, args.height, args.width
+        script.pipeline,
+        script.tasks,
+        reward_weights(script.rewards),
+        *args.video_size,
+        codec_settings=args.codec_settings,
     )
     space = env.make(1).single_observation_space
     frames, *latent_shape = space["latents"].shape

@@ -156,7 +156,7 @@ def profile(policy: VideoPolicy, envs: ARDragVectorEnv, wait: Callable[[], None]
 
         parts: list[tuple[str, Any, tuple[str, ...]]] = [
             ("transformer", policy.transformer, ("forward", "encode_context")),
-            ("codec", envs.codec, ("encode", "decode", "encode_heat_maps", "encode_text")),
+            ("codec", envs.codec, ("encode", "decode", "decode_next", "encode_heat_maps", "encode_text")),
             ("tasks", type(envs.source), ("__getitem__",)),
             ("tasks", envs.mdp, ("fit",)),
             ("observations", Episodes, ("observe",)),

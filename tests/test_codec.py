@@ -78,7 +78,8 @@ def test_bad_videos(codec):
 def test_the_normalisation_is_undone(codec, tiny_pipeline):
     """A scale and a shift of the latents in the VAE's config change the latents, not the video they decode to."""
     other = Codec.from_pretrained(tiny_pipeline)
-    other._shift, other._scale = other._shift + 0.3, other._scale * 1.7
+    inner = other.autoencoder
+    inner.shift, inner.scale = inner.shift + 0.3, inner.scale * 1.7
     z, w = codec.encode(video(2)), other.encode(video(2))
     torch.testing.assert_close(w, (z - 0.3) * 1.7, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(other.decode(w), codec.decode(z))

@@ -460,10 +460,12 @@ def test_a_group_shares_control_and_noise(tiny_pipeline):
 
 def test_one_decode_and_one_reward_call_per_frame(tiny_pipeline, monkeypatch):
     envs = make_vec(tiny_pipeline, 4)
-    envs.reset(seed=0, options={"index": 0})
     calls = []
-    decode = type(envs.codec).decode
-    monkeypatch.setattr(type(envs.codec), "decode", lambda self, z: calls.append(len(z)) or decode(self, z))
+    decode = type(envs.codec).decode_next
+    monkeypatch.setattr(
+        type(envs.codec), "decode_next", lambda self, z, state: calls.append(len(z)) or decode(self, z, state)
+    )
+    envs.reset(seed=0, options={"index": 0})
     for action in actions(envs.action_space.shape, FRAMES * STEPS):
         envs.step(action)
     assert calls == [4] * FRAMES

@@ -138,11 +138,19 @@ def test_default_config_works_on_a_cpu_and_fills_its_groups():
         ({"num_iterations": 0}, "num_iterations=0"),
         ({"num_frames": 0}, "num_frames=0"),
         ({"seed": -1}, "seed=-1"),
+        ({"codec_settings": "slicing"}, "codec_settings='slicing': expected values by name as JSON"),
+        ({"codec_settings": {"tile": True}}, r"\['tile'\] are unknown: expected some of tiling"),
     ],
 )
 def test_config_refuses(setting, message):
     with pytest.raises(ValueError, match=message):
         GRPOConfig(use_cpu=True, **setting)
+
+
+def test_codec_settings_reach_the_environments(tiny_pipeline, tmp_path):
+    """From JSON, as a command line gives them."""
+    trainer = trainer_of(tiny_pipeline, tmp_path, codec_settings='{"slicing": true}')
+    assert trainer.env.make(1).codec.settings.slicing
 
 
 def test_scale_rewards_takes_trl_s_booleans():

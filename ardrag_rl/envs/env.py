@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,7 @@ from ardrag_rl.envs.task import Task, TaskSource
 from ardrag_rl.envs.tasks import TaskSpec
 
 if TYPE_CHECKING:
-    from ardrag_rl.codec import Codec
+    from ardrag_rl.codec import Codec, CodecSettings
     from ardrag_rl.flow import Schedule
     from ardrag_rl.rewards import WeightedReward
 
@@ -59,6 +60,7 @@ class ARDragEnv(gym.Env[Observation, NDArray[np.float32]]):
     | `frame`      | (1,)            | int64   | m |
     | `step`       | (1,)            | int64   | n |
     | `timestep`   | (1,)            | float32 | 1000 t_n |
+    | `image`      | (L', D')        | float32 | tokens of the reference image, if the pipeline has them |
 
     ## Rewards
     0, except on the step that completes a frame: the weighted sum of the rewards' scores of its pixel frames, averaged
@@ -82,6 +84,7 @@ class ARDragEnv(gym.Env[Observation, NDArray[np.float32]]):
     - `height=None`, `width=None`: in pixels; None for the pipeline's own size.
     - `device="cpu"`: of the codec; observations are numpy.
     - `render_mode=None`: "rgb_array" draws the last frame with the drag path on it.
+    - `codec_settings=None`: memory and speed of the codec by name, `ardrag_rl.codec.CodecSettings`; None is exact.
 
     `snapshot` and `restore` fork, rewind and regenerate; `set_noise` replaces the noise of the frame that starts.
 
@@ -101,10 +104,11 @@ class ARDragEnv(gym.Env[Observation, NDArray[np.float32]]):
         width: int | None = None,
         device: str | torch.device = "cpu",
         render_mode: str | None = None,
+        codec_settings: CodecSettings | Mapping[str, Any] | None = None,
     ) -> None:
         check_render_mode(render_mode)
         self.render_mode = render_mode
-        self.mdp = VideoMDP.from_pipeline(pipeline, tasks, rewards, num_frames, height, width, device)
+        self.mdp = VideoMDP.from_pipeline(pipeline, tasks, rewards, num_frames, height, width, device, codec_settings)
         self.observation_space = self.mdp.observation_space  # type: ignore[assignment]
         self.action_space = self.mdp.action_space  # type: ignore[assignment]
         self._episodes: Episodes | None = None

@@ -11,7 +11,7 @@ A departure from the letter of the paper: all noise is drawn at reset, so it is 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -30,7 +30,7 @@ from ardrag_rl.flow import Schedule
 from ardrag_rl.rewards.reward import check_scores
 
 if TYPE_CHECKING:
-    from ardrag_rl.codec import Codec, DecoderSession
+    from ardrag_rl.codec import Codec, CodecSettings, Stream
     from ardrag_rl.rewards import RewardSession, WeightedReward
 
 ACTION_BOUND = 10.0  # for clients that demand a finite Box; nothing is clipped
@@ -47,11 +47,13 @@ class Conditions:
         trajectory: (F, C, h, w), the encoded heat maps of all frames.
         image: (C, h, w), the encoded reference image.
         text: (L, D), the prompt's embedding.
+        tokens: (1, L', D'), of the reference image, where the pipeline has an image encoder.
     """
 
     trajectory: Tensor
     image: Tensor
     text: Tensor
+    tokens: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -110,11 +112,12 @@ class VideoMDP:
         height: int | None = None,
         width: int | None = None,
         device: str | torch.device = "cpu",
+        codec_settings: CodecSettings | Mapping[str, Any] | None = None,
     ) -> VideoMDP:
         """Loads what an environment's arguments name; None is the pipeline's size, the source's length.
 
         Raises:
-            ValueError: something named is unknown, or num_frames is below 1.
+            ValueError: something named is unknown or does not fit, or num_frames is below 1.
         """
         from ardrag_rl.codec import Codec
         from ardrag_rl.hub import load_schedule, pipeline_path, pipeline_size
@@ -125,7 +128,7 @@ class VideoMDP:
         path = pipeline_path(pipeline)
         height, width = pipeline_size(path, height, width)
         made = make_rewards(rewards)
-        codec = Codec.from_pretrained(path, device=device)
+        codec = Codec.from_pretrained(path, device, codec_settings)
         codec.latent_shape(height, width)  # refuses a wrong size before any task is made
         source = make_tasks(tasks, num_frames, height, width)
         num_frames = num_frames if num_frames is not None else source.num_frames
@@ -147,17 +150,18 @@ class VideoMDP:
         def real(shape: tuple[int, ...]) -> spaces.Box:
             return spaces.Box(-np.inf, np.inf, shape, np.float32)
 
-        return spaces.Dict(
-            {
-                "latents": real(video),
-                "trajectory": real(video),
-                "reference": real(video),
-                "text": real(tuple(self.codec.text_shape)),
-                "frame": spaces.Box(0, self.num_frames - 1, (1,), np.int64),
-                "step": spaces.Box(0, self.num_steps, (1,), np.int64),
-                "timestep": spaces.Box(0.0, 1000.0, (1,), np.float32),
-            }
-        )
+        entries: dict[str, spaces.Space] = {
+            "latents": real(video),
+            "trajectory": real(video),
+            "reference": real(video),
+            "text": real(tuple(self.codec.text_shape)),
+            "frame": spaces.Box(0, self.num_frames - 1, (1,), np.int64),
+            "step": spaces.Box(0, self.num_steps, (1,), np.int64),
+            "timestep": spaces.Box(0.0, 1000.0, (1,), np.float32),
+        }
+        if self.codec.image_shape is not None:
+            entries["image"] = real(self.codec.image_shape)
+        return spaces.Dict(entries)
 
     @property
     def action_space(self) -> spaces.Box:
@@ -203,6 +207,7 @@ class VideoMDP:
             trajectory=self.codec.encode_heat_maps([control], self.height, self.width)[0].float().cpu(),
             image=self.codec.encode(control.image[None, None])[0, 0].float().cpu(),
             text=self.codec.encode_text([control.prompt])[0].float().cpu(),
+            tokens=self.codec.encode_images(control.image[None]),
         )
         self._cache[task.id] = (task, conditions)
         while len(self._cache) > CACHED_TASKS:
@@ -224,6 +229,7 @@ class VideoMDP:
             noise = torch.randn((self.num_frames - 1, *self.latent_shape), generator=generator)
             references.append(torch.cat([row.image[None], noise]))
         controls = [task.control for task in tasks]
+        tokens = [row.tokens for row in conditions if row.tokens is not None]
         return Episodes(
             mdp=self,
             tasks=tuple(tasks),
@@ -231,6 +237,7 @@ class VideoMDP:
             trajectory=torch.stack([row.trajectory for row in conditions]),
             reference=torch.stack(references),
             text=torch.stack([row.text for row in conditions]),
+            image=torch.cat(tokens).cpu() if tokens else None,
             decoder=self.codec.decoder(),
             sessions=tuple(w.reward.start(controls) if w.reward.causal else None for w in self.rewards),
         )
@@ -248,6 +255,7 @@ class Episodes:
         trajectory: (B, F, C, h, w), of all frames; an observation shows it up to frame m.
         reference: (B, F, C, h, w), the encoded image, then fixed noise (Eq. 6).
         text: (B, L, D).
+        image: (B, L', D'), tokens of the reference image, where the pipeline has an image encoder.
         decoder: decodes clean frames as they come.
         sessions: of the causal rewards; None for the others, which score the whole video at its end.
         frame, step_index: m and n.
@@ -262,7 +270,8 @@ class Episodes:
     trajectory: Tensor
     reference: Tensor
     text: Tensor
-    decoder: DecoderSession
+    image: Tensor | None
+    decoder: Stream
     sessions: tuple[RewardSession | None, ...]
     frame: int = 0
     step_index: int = 0
@@ -296,6 +305,7 @@ class Episodes:
             "frame": np.full((b, 1), m, np.int64),
             "step": np.full((b, 1), n, np.int64),
             "timestep": np.full((b, 1), 1000 * self.mdp.schedule.levels[n], np.float32),
+            **({} if self.image is None else {"image": self.image.numpy().copy()}),
         }
 
     def step(self, actions: Tensor) -> Outcome:
@@ -347,6 +357,7 @@ class Episodes:
             trajectory=self.trajectory[rows],
             reference=self.reference[rows],
             text=self.text[rows],
+            image=None if self.image is None else self.image[rows],
             decoder=self.decoder.select(rows),
             sessions=tuple(None if s is None else s.select(rows) for s in self.sessions),
             pixels=None if self.pixels is None else self.pixels[rows],

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +21,7 @@ from ardrag_rl.envs.task import Task, TaskSource
 from ardrag_rl.envs.tasks import TaskSpec
 
 if TYPE_CHECKING:
-    from ardrag_rl.codec import Codec
+    from ardrag_rl.codec import Codec, CodecSettings
     from ardrag_rl.flow import Schedule
     from ardrag_rl.rewards import WeightedReward
 
@@ -56,6 +56,7 @@ class ARDragVectorEnv(VectorEnv[Observation, NDArray[np.float32], NDArray[Any]])
         device: str | torch.device = "cpu",
         render_mode: str | None = None,
         autoreset_mode: str | AutoresetMode = AutoresetMode.NEXT_STEP,
+        codec_settings: CodecSettings | Mapping[str, Any] | None = None,
     ) -> None:
         check_render_mode(render_mode)
         if num_envs < 1:
@@ -65,7 +66,7 @@ class ARDragVectorEnv(VectorEnv[Observation, NDArray[np.float32], NDArray[Any]])
             raise ValueError("autoreset_mode='SameStep' is not supported: choose 'NextStep' or 'Disabled'.")
         self.num_envs, self.render_mode, self.autoreset_mode = num_envs, render_mode, mode
         self.metadata = {**ARDragEnv.metadata, "autoreset_mode": mode}
-        self.mdp = VideoMDP.from_pipeline(pipeline, tasks, rewards, num_frames, height, width, device)
+        self.mdp = VideoMDP.from_pipeline(pipeline, tasks, rewards, num_frames, height, width, device, codec_settings)
         self.single_observation_space = self.mdp.observation_space
         self.single_action_space = self.mdp.action_space
         self.observation_space = batch_space(self.single_observation_space, num_envs)

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 import trl
 
+from ardrag_rl.codec import CodecSettings
 from ardrag_rl.flow import Kernel, Reduction
 from ardrag_rl.rollout import Plan
 from ardrag_rl.training.advantages import CREDITS, Credit, normalise_scale
@@ -121,6 +122,10 @@ class GRPOConfig(trl.GRPOConfig):
     num_frames: int | None = field(default=None, metadata={"help": "Latent frames; unset: the task source's."})
     height: int | None = field(default=None, metadata={"help": "Pixels; unset: the pipeline's."})
     width: int | None = field(default=None, metadata={"help": "Pixels; unset: the pipeline's."})
+    codec_settings: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={"help": "Memory and speed of the codec by name, as JSON: see ardrag_rl.codec.CodecSettings."},
+    )
     rollout_workers: int = field(default=0, metadata={"help": "Ray actors that roll out; 0 is this process."})
     rollout_threads: int | None = field(
         default=None, metadata={"help": "torch threads of a rollout, part of its numbers; unset: as many as now."}
@@ -209,6 +214,8 @@ class GRPOConfig(trl.GRPOConfig):
                 f"rollout_workers={self.rollout_workers}, groups_per_batch={self.groups_per_batch}: expected 0 or "
                 "more, and 1 or more."
             )
+        self.codec_settings = json_object(self.codec_settings, "codec_settings", '{"slicing": true}')
+        CodecSettings.of(self.codec_settings)  # refuses what is unknown
         if self.rollout_threads is None:
             self.rollout_threads = torch.get_num_threads()
         super().__post_init__()
@@ -233,6 +240,11 @@ class GRPOConfig(trl.GRPOConfig):
     def autocast_dtype(self) -> torch.dtype:
         """What rollouts and learner multiply in; float32 is no mixed precision."""
         return torch.bfloat16 if self.bf16 else torch.float16 if self.fp16 else torch.float32
+
+    @property
+    def video_size(self) -> tuple[int | None, int | None, int | None]:
+        """num_frames, height and width, as an environment takes them."""
+        return self.num_frames, self.height, self.width
 
     @property
     def groups_per_generation(self) -> int:
@@ -267,15 +279,26 @@ def reward_weights(flag: dict[str, float] | str | None) -> dict[str, float] | No
     Raises:
         ValueError: it is no JSON object.
     """
+    return json_object(flag, "rewards", '{"motion": 1.0}', "weights")
+
+
+def json_object(
+    flag: dict[str, Any] | str | None, name: str, example: str, what: str = "values"
+) -> dict[str, Any] | None:
+    """Values by name, from a configuration file or, as JSON, from a command line.
+
+    Raises:
+        ValueError: it is no JSON object.
+    """
     if not isinstance(flag, str):
         return flag
     try:
-        weights = json.loads(flag)
+        values = json.loads(flag)
     except ValueError:
-        weights = None
-    if not isinstance(weights, dict):
-        raise ValueError(f"rewards={flag!r}: expected weights by name as JSON, such as '{{\"motion\": 1.0}}'.")
-    return weights
+        values = None
+    if not isinstance(values, dict):
+        raise ValueError(f"{name}={flag!r}: expected {what} by name as JSON, such as '{example}'.")
+    return values
 
 
 def reward_spec(rewards: Any, reward_weights: list[float] | None) -> Any:

@@ -101,7 +101,7 @@ class GRPOTrainer(Trainer):
         args.plan(0, policy.schedule.num_steps)  # refuses a stochastic step that the schedule lacks
         size = pipeline_size(pipeline_path(pipeline), args.height, args.width)
         make_tasks(tasks, args.num_frames, *size)  # refuses what is unknown
-        self.env = EnvSpec(pipeline, tasks, terms, args.num_frames, args.height, args.width, str(args.device))
+        self.env = EnvSpec(pipeline, tasks, terms, *args.video_size, str(args.device), args.codec_settings)
         if args.gradient_checkpointing:  # diffusers' own; Trainer knows transformers' only
             policy.transformer.enable_gradient_checkpointing()  # type: ignore[attr-defined]
             args.gradient_checkpointing = args.activation_checkpointing = False

@@ -41,6 +41,7 @@ class EnvSpec:
     height: int | None
     width: int | None
     device: str = "cpu"
+    codec_settings: Any = None
 
     def task_ids(self, seed: int, positions: Sequence[int]) -> tuple[str, ...]:
         """The names of the tasks at these places of a run's order."""
