@@ -64,6 +64,16 @@ def pipeline_path(name: str | Path) -> Path:
     )
 
 
+def check_weights(folder: Path) -> None:
+    """Refuses a part of a pipeline that is a configuration only.
+
+    Raises:
+        ValueError: it holds no .safetensors file.
+    """
+    if not any(folder.glob("*.safetensors")):
+        raise ValueError(f"{str(folder)!r} holds no weights (*.safetensors). {CONVERT}")
+
+
 def load_schedule(path: Path) -> Schedule:
     """The few-step schedule, key `timesteps` of scheduler/scheduler_config.json; AR-Drag's where it has none."""
     config = read_json(path / "scheduler" / "scheduler_config.json")

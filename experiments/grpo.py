@@ -3,7 +3,8 @@
     python experiments/grpo.py                                            the embedded tiny pipeline, on a laptop
     python experiments/grpo.py --config experiments/configs/grpo-quick.yaml       two updates, to see it run
     python experiments/grpo.py --dry_run true                             what an update takes, and no more
-    accelerate launch experiments/grpo.py --config experiments/configs/wan2.1-1.3b.yaml
+    python experiments/grpo.py --config experiments/configs/wan2.1-1.3b.yaml --dry_run true
+    accelerate launch experiments/grpo.py --config experiments/configs/wan2.1-1.3b.yaml --pipeline path/to/yours
 
 Rolls out groups of videos that share a drag path, a prompt and their initial noise, scores every frame, and pushes the
 policy towards what scored above its group. A run ends with its folder holding the pipeline
@@ -31,6 +32,9 @@ from accelerate import PartialState
 from tqdm import tqdm
 from trl import TrlParser
 
+from ardrag_rl.codec import Codec
+from ardrag_rl.envs.tasks import make_tasks
+from ardrag_rl.hub import pipeline_path, pipeline_size
 from ardrag_rl.policies import VideoPolicy
 from ardrag_rl.rollout import Plan
 from ardrag_rl.training.checkpoints import last_checkpoint
@@ -42,7 +46,6 @@ from ardrag_rl.training.lora import add_lora
 from ardrag_rl.training.report import format_table, write_report
 from ardrag_rl.training.sharded import unsharded
 from ardrag_rl.training.trainer import GRPOTrainer
-from ardrag_rl.training.workers import EnvSpec
 
 
 @dataclass
@@ -109,20 +112,13 @@ def main() -> None:
 
 
 def dry_run(script: ScriptArguments, args: GRPOConfig) -> Estimate:
-    """What an update takes; nothing is trained or written."""
-    policy = VideoPolicy.from_pretrained(script.pipeline, args.device)
+    """What an update takes; nothing is trained or written, and no weights are read."""
+    policy, codec = (kind.from_pretrained(script.pipeline, "meta") for kind in (VideoPolicy, Codec))
     if args.use_peft:
         add_lora(policy, args.lora_r, args.lora_alpha, args.lora_target_modules)
-    env = EnvSpec(
-        script.pipeline,
-        script.tasks,
-        reward_weights(script.rewards),
-        *args.video_size,
-        codec_settings=args.codec_settings,
-    )
-    space = env.make(1).single_observation_space
-    frames, *latent_shape = space["latents"].shape
-    return estimate(policy, args, frames, tuple(latent_shape), space["text"].shape)
+    size = pipeline_size(pipeline_path(script.pipeline), args.height, args.width)
+    frames = args.num_frames or make_tasks(script.tasks, None, *size).num_frames
+    return estimate(policy, args, frames, codec.latent_shape(*size), codec.text_shape)
 
 
 class Judge:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from ardrag_rl.codec import Codec
 from ardrag_rl.envs import ARDragVectorEnv
 from ardrag_rl.flow import Kernel
 from ardrag_rl.policies import VideoPolicy
@@ -104,3 +105,17 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(tiny_pipeline, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "8 groups, 96 videos, 4608 actions, of which 1536 are trained on" in done.stdout
     assert "memory of the learner" in done.stdout and not folder.exists()
+
+
+@pytest.mark.slow
+def test_a_dry_run_of_the_large_configuration_reads_no_weights(tmp_path):
+    config = SCRIPT.parent / "configs/wan2.1-1.3b.yaml"
+    command = [sys.executable, str(SCRIPT), "--config", str(config), "--dry_run", "true", "--use_cpu", "true"]
+    done = subprocess.run([*command, "--bf16", "false"], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "2 groups, 16 videos, 1008 actions, of which 336 are trained on" in done.stdout
+    parameters = int(done.stdout.split("parameters: ")[1].split(", trainable")[0].replace(",", ""))
+    assert parameters == pytest.approx(1.52e9, rel=0.05) and not list(tmp_path.iterdir())
+    for load in (VideoPolicy.from_pretrained, Codec.from_pretrained):
+        with pytest.raises(ValueError, match="holds no weights"):
+            load("wan2.1-1.3b")

@@ -18,7 +18,7 @@ from ardrag_rl.codec.stream import State, Stream
 from ardrag_rl.codec.taehv import TinyDecoder
 from ardrag_rl.codec.text import PromptCache, TextEncoder, identity_of
 from ardrag_rl.control import Control, draw_heat_maps
-from ardrag_rl.hub import pipeline_path, read_json
+from ardrag_rl.hub import check_weights, pipeline_path, read_json
 
 
 class Codec:
@@ -85,6 +85,8 @@ class Codec:
     ) -> Codec:
         """Loads what a pipeline (name, folder or hub id) has beside its transformer.
 
+        On the device "meta" no weights are read, and shapes are all that it tells.
+
         Raises:
             ValueError: the pipeline is unknown or lacks something, or a setting does not fit it.
         """
@@ -104,7 +106,12 @@ class Codec:
         for part in ("text_encoder", "tokenizer", *(("image_processor",) if images else ())):
             if not (path / part).is_dir():
                 raise ValueError(f"pipeline {str(path)!r} has no folder {part}/.")
-        vae = vae_class.from_pretrained(path / "vae", torch_dtype=DTYPES[settings.dtype], use_safetensors=True)
+        if torch.device(device).type == "meta":
+            with torch.device("meta"):
+                vae = vae_class.from_config(vae_class.load_config(path / "vae"))
+        else:
+            check_weights(path / "vae")
+            vae = vae_class.from_pretrained(path / "vae", torch_dtype=DTYPES[settings.dtype], use_safetensors=True)
         tokenizer = AutoTokenizer.from_pretrained(path / "tokenizer")
         image_encoder = None
         if images:

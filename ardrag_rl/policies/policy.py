@@ -50,7 +50,7 @@ class VideoPolicy(nn.Module):
         """Loads the transformer and schedule of a pipeline: an embedded name, a folder or a hub id.
 
         Pipelines of diffusers' own Wan2.1 and SkyReels-V2 classes are taken too, their input channels widened
-        (`widen`); other checkpoints by way of `convert`.
+        (`widen`); other checkpoints by way of `convert`. On the device "meta" no weights are read.
 
         Raises:
             ValueError: the pipeline is unknown or its files do not fit together; all keys that do not are listed.
@@ -58,6 +58,12 @@ class VideoPolicy(nn.Module):
         path = hub.pipeline_path(pipeline)
         hub.read_json(path / "transformer" / "config.json")  # a missing one is otherwise looked for on the hub
         where = f"the transformer of {str(path)!r}"
+        if torch.device(device).type == "meta":
+            with torch.device("meta"):
+                config = CausalWanTransformer3DModel.load_config(path / "transformer")
+                transformer = CausalWanTransformer3DModel.from_config(config)
+            return cls(widen(transformer), hub.load_schedule(path), path)
+        hub.check_weights(path / "transformer")
         try:
             transformer, info = CausalWanTransformer3DModel.from_pretrained(
                 path / "transformer",

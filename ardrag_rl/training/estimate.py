@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import resource
 import sys
 import time
@@ -9,17 +10,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from ardrag_rl.flow import Schedule
-from ardrag_rl.policies import CausalWanTransformer3DModel, VideoPolicy
+from ardrag_rl.policies import VideoPolicy
 from ardrag_rl.policies.chunks import Conditions
 from ardrag_rl.policies.generate import generate_latents
 from ardrag_rl.rollout import Plan, Rollout
 from ardrag_rl.training.config import GRPOConfig
-from ardrag_rl.training.lora import add_lora
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,8 @@ def estimate(
     """What an update takes.
 
     Args:
-        policy: whose parameters count; nothing is computed with them.
+        policy: with its adapters, where it is to have any; its parameters count, nothing is computed with them,
+            and they may be on the device "meta".
         args: of the run.
         num_frames: F, latent frames.
         latent_shape: (C, h, w); text_shape: (L, D).
@@ -83,11 +84,9 @@ def estimate(
     plan, dtype = args.plan(0, policy.schedule.num_steps), args.autocast_dtype
     groups = args.groups_per_generation
     videos, together = groups * args.num_generations, args.groups_per_batch * args.num_generations
-    micro = args.per_device_train_batch_size
+    micro, fake = args.per_device_train_batch_size, copy.deepcopy(policy)
     with FakeTensorMode(), torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-        fake = VideoPolicy(CausalWanTransformer3DModel.from_config(policy.transformer.config), policy.schedule)
-        if args.use_peft:
-            add_lora(fake, args.lora_r, args.lora_alpha, args.lora_target_modules)
+        _drop_data(fake)
         given = _conditions(together, num_frames, latent_shape, text_shape)
         with _counter() as acted:
             generate_latents(fake, plan, given)
@@ -121,7 +120,7 @@ def estimate(
     weights = sum(p.numel() * p.itemsize for p in parameters)
     reference = weights if args.beta and not args.use_peft else 0
     window = min(policy.transformer.config["window"], num_frames - 1)
-    rate = matmul_rate(policy.device, dtype)
+    rate = matmul_rate(args.device, dtype)
     rollout_flops = acted.get_total_flops() * videos / together
     passes = passes * args.num_iterations + (args.beta > 0)
     learner_flops = learned.get_total_flops() * passes * videos / micro
@@ -151,6 +150,15 @@ def _counter() -> FlopCounterMode:
 
     operator = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     return FlopCounterMode(display=False, custom_mapping={operator: attention})
+
+
+def _drop_data(module: nn.Module) -> None:
+    """Replaces all tensors by those without data of the FakeTensorMode that is on."""
+    for part in module.modules():
+        for name, p in part.named_parameters(recurse=False):
+            setattr(part, name, nn.Parameter(torch.empty(p.shape, dtype=p.dtype), p.requires_grad))
+        for name, x in part.named_buffers(recurse=False):
+            setattr(part, name, torch.empty(x.shape, dtype=x.dtype))
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype, size: int = 2048, seconds: float = 0.5) -> float:
