@@ -205,7 +205,7 @@ def streams_and_forks(tracker: Tracker, video: Tensor, asked: Tensor) -> None:
     session = tracker.start(asked)
     parts = [session.append(part) for part in video.split([cuts[0], cuts[1] - cuts[0], 5], 1)[:2]]
     fork = session.select([1])
-    session.select([0, 1]).append(video.flip(1))  # another future
+    session.select([0, 1]).append(video[:, :2])  # another future
     parts.append(session.append(video[:, cuts[1] :]))
     same(Tracks(*(torch.cat([getattr(p, k) for p in parts], 1) for k in ("positions", "scores", "visible"))), whole)
     last = fork.append(video[1:, cuts[1] :])
@@ -269,12 +269,13 @@ def real(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[bool, str]:
     for online, make in ((False, predictor.CoTrackerPredictor), (True, predictor.CoTrackerOnlinePredictor)):
         torch.manual_seed(3)
         model = make(checkpoint=None, window_len=16 if online else 60).model
-        for head in (model.updateformer.flow_head, model.updateformer.vis_conf_head):
-            nn.init.normal_(head.weight, std=0.3)  # nearly zero at first: points would stay, and never be seen
+        # nearly zero at first: points would stay, and never be seen; much more, and rounding would grow to pixels
+        nn.init.normal_(model.updateformer.flow_head.weight, std=0.02)
+        nn.init.normal_(model.updateformer.vis_conf_head.weight, std=0.1)
         files[online] = str(tmp_path / f"{online}.pth")
         torch.save(model.state_dict(), files[online])
         loaded = load_cotracker(files[online], "cpu", online)
-        loaded.interp_shape = loaded.model.model_resolution = (64, 64)
+        loaded.interp_shape = loaded.model.model_resolution = (32, 48)
         loaded.support_grid_size = 2
     return files
 
@@ -317,7 +318,7 @@ def test_offline_windows_are_prefixes(real: dict[bool, str]) -> None:
 
 
 def test_online_tracks_are_the_predictors_own_where_windows_end(real: dict[bool, str]) -> None:
-    video, asked = noise(25), queries()
+    video, asked = noise(24), queries()
     asked[0, 1, 0] = 18  # in the second window
     tracks = CoTrackerOnline(real[True]).start(asked).append(video)
     predictor = load_cotracker(real[True], "cpu", True)

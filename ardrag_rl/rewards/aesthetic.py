@@ -101,14 +101,18 @@ class Predictor(nn.Module):
         return self.head(F.normalize(embeddings, dim=-1)).squeeze(-1)
 
     def _resize(self, images: Tensor) -> Tensor:
-        """To the tower's input: the shorter side fits and the middle is taken, as CLIP does; or squashed."""
-        have, (height, width) = images.shape[-2:], self.size
-        scale = max(height / have[0], width / have[1])
-        size = self.size if self.squash else (round(have[0] * scale), round(have[1] * scale))
+        """To the tower's input: the shorter side fits and the middle is taken, as CLIP does; or squashed.
+
+        Sizes are rounded as torchvision rounds them for CLIP: one pixel beside shows in the score.
+        """
+        have, size = images.shape[-2:], self.size
+        if not self.squash:
+            (h, w), (height, width) = have, self.size
+            size = (height, int(height * w / h)) if height * w >= width * h else (int(width * h / w), width)
         if size != tuple(have):
             images = F.interpolate(images, size, mode="bicubic", antialias=True, align_corners=False).clip(0, 1)
-        top, left = (size[0] - height) // 2, (size[1] - width) // 2
-        return images[..., top : top + height, left : left + width]
+        top, left = (round((made - wanted) / 2) for made, wanted in zip(size, self.size, strict=True))
+        return images[..., top : top + self.size[0], left : left + self.size[1]]
 
 
 @lru_cache(maxsize=4)
