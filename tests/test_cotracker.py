@@ -317,6 +317,7 @@ def test_offline_windows_are_prefixes(real: dict[bool, str]) -> None:
     streams_and_forks(CoTracker(real[False], window=3), noise(9), asked)
 
 
+@pytest.mark.slow
 def test_online_tracks_are_the_predictors_own_where_windows_end(real: dict[bool, str]) -> None:
     video, asked = noise(24), queries()
     asked[0, 1, 0] = 18  # in the second window
@@ -335,6 +336,7 @@ def test_online_tracks_are_the_predictors_own_where_windows_end(real: dict[bool,
     assert tracks.positions[0, :, 0].diff(dim=0).abs().max() > 0.05
 
 
+@pytest.mark.slow
 def test_online_sessions_of_the_real_package_stream_and_fork(real: dict[bool, str]) -> None:
     streams_and_forks(CoTrackerOnline(real[True]), noise(19), queries())
 

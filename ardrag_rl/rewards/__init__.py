@@ -5,7 +5,7 @@ from ardrag_rl.rewards.clip import ClipScore, PickScore
 from ardrag_rl.rewards.cotracker import CoTracker
 from ardrag_rl.rewards.cotracker_online import CoTrackerOnline
 from ardrag_rl.rewards.error import RewardError, RewardLeak
-from ardrag_rl.rewards.http import HttpReward
+from ardrag_rl.rewards.http_reward import HttpReward
 from ardrag_rl.rewards.limits import Limits, reward_limits
 from ardrag_rl.rewards.motion import Motion, motion_distance
 from ardrag_rl.rewards.registry import WeightedReward, make_rewards, register_reward, reward_names

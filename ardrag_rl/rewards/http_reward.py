@@ -34,6 +34,7 @@ class HttpReward(Reward):
 
         images = [PIL.Image.open(io.BytesIO(base64.b64decode(text))) for text in request.json["images"]]
 
+    By name, for scripts: `register_reward("ocr")(lambda: HttpReward("http://127.0.0.1:18085"))`.
     What may pass (no connection, no answer in time, a status of 500 or more) is tried again after `backoff`, then
     twice that, and so on; the server may see a request more than once.
 
