@@ -23,7 +23,6 @@ from ardrag_rl.envs.sprites import Sprites
 from ardrag_rl.rewards import (
     Aesthetic,
     BufferedSession,
-    CoTracker,
     DynamicDegree,
     Motion,
     Reward,
@@ -38,7 +37,6 @@ from ardrag_rl.rewards import (
     register_reward,
     reward_names,
 )
-from ardrag_rl.rewards import cotracker as cotracker_module
 from ardrag_rl.rewards.aesthetic import load_head
 from ardrag_rl.rewards.motion import ALPHA
 from ardrag_rl.rewards.tracker import first_touches
@@ -182,36 +180,6 @@ def test_larger_frames_give_the_same_fractions() -> None:
     small = TemplateTracker().start(first_touches(controls)).append(video)
     same = TemplateTracker().start(first_touches(controls)).append(large)
     torch.testing.assert_close(small.positions, same.positions, rtol=0, atol=1e-3)
-
-
-def test_cotracker_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "cotracker", None)
-    monkeypatch.setitem(sys.modules, "cotracker.predictor", None)
-    video, controls = sprites(1)
-    with pytest.raises(ImportError, match=r"pip install git\+https"):
-        Motion(CoTracker("absent.pth"))(video, controls)
-
-
-def test_cotracker_session_looks_back_only_and_speaks_fractions(monkeypatch: pytest.MonkeyPatch) -> None:
-    def predictor(video: Tensor, queries: Tensor) -> tuple[Tensor, Tensor]:
-        """Points drift by one pixel in each frame after their query."""
-        assert video.shape[1] <= 4 and queries[..., 0].max() < video.shape[1]
-        time = torch.arange(video.shape[1])[None, :, None]
-        after = (time - queries[:, None, :, 0]).clip(min=0)
-        tracks = queries[:, None, :, 1:] + after[..., None] * torch.tensor([1.0, 0.0])
-        return tracks, torch.ones(tracks.shape[:-1], dtype=torch.bool)
-
-    monkeypatch.setattr(cotracker_module, "load_cotracker", lambda weights, device: predictor)
-    queries = torch.tensor([[[0.0, 0.25, 0.5], [3.0, 0.5, 0.5], [-1.0, 0.0, 0.0]]])
-    video = torch.rand(1, 8, 3, 32, 32)
-    tracks = CoTracker("weights.pth", window=4).start(queries).append(video)
-    frames = torch.arange(8)
-    torch.testing.assert_close(tracks.positions[0, :, 0, 0], 0.25 + frames / 32)
-    torch.testing.assert_close(tracks.positions[0, :, 1, 0], 0.5 + (frames - 3).clip(min=0) / 32)
-    assert tracks.visible[0].sum(0).tolist() == [8, 5, 0]
-    session = CoTracker("weights.pth", window=4).start(queries)
-    parts = [session.append(video[:, :3]), session.select([0]).append(video[:, 3:])]
-    torch.testing.assert_close(torch.cat([p.positions for p in parts], dim=1), tracks.positions)
 
 
 # --- sessions --------------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from ardrag_rl.control import Control
 from ardrag_rl.hub import local_file
 from ardrag_rl.rewards.registry import register_reward
 from ardrag_rl.rewards.reward import Reward
+from ardrag_rl.rewards.weights import load_weights, read_weights
 
 TINY = Path(__file__).parent.parent / "assets" / "aesthetic"
 _MLP_WIDTHS = (1024, 128, 64, 16, 1)
@@ -35,15 +36,16 @@ class Aesthetic(Reward):
     Args:
         tower: a folder in open_clip's layout (open_clip_config.json and weights), or the name of an open_clip
             architecture. OpenAI's weights need the names that end in "-quickgelu".
-        weights: a file for a named architecture; never downloaded.
+        weights: a file for a named architecture (.safetensors, or a state dict saved by torch); never downloaded.
         head: a file (.safetensors, or .pth read with weights_only) with the keys `weight`, `bias` (linear) or
             `layers.{0,2,4,6,7}.weight`, `.bias` (LAION's MLP without activations). None: the folder's head.safetensors.
         device: where the tower runs.
         batch_size: frames per forward pass.
+        dtype: the tower's; its embeddings are normalised and scored in float32.
 
     Raises:
         FileNotFoundError: at the first call, a file is missing.
-        ValueError: at the first call, the tower is unknown, or the head does not fit it.
+        ValueError: at the first call, the tower is unknown, or a file does not fit it.
     """
 
     memory = 0  # a frame is rated by itself
@@ -55,9 +57,10 @@ class Aesthetic(Reward):
         head: str | Path | None = None,
         device: str = "cpu",
         batch_size: int = 256,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         self.tower, self.weights, self.head = str(tower), weights and str(weights), head and str(head)
-        self.device, self.batch_size = device, batch_size
+        self.device, self.batch_size, self.dtype = device, batch_size, dtype
 
     def __call__(self, video: Tensor, controls: Sequence[Control]) -> Tensor:
         """(B, T, 3, H, W) -> (B, T) in [1, 5]."""
@@ -66,7 +69,7 @@ class Aesthetic(Reward):
     @torch.inference_mode()
     def rate(self, images: Tensor) -> Tensor:
         """The raw scores s of images (N, 3, H, W) in [0, 1], (N,) clipped to [1, 10]."""
-        model = load_predictor(self.tower, self.weights, self.head, self.device)
+        model = load_predictor(self.tower, self.weights, self.head, self.device, self.dtype)
         scores = [model(chunk.float().to(self.device)).cpu() for chunk in images.split(self.batch_size)]
         return torch.cat(scores).clip(1, 10).clone()
 
@@ -94,21 +97,28 @@ class Predictor(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         x = ((self._resize(images) - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
-        return self.head(F.normalize(self.tower(x), dim=-1)).squeeze(-1)
+        embeddings = self.tower(x.to(next(self.tower.parameters()).dtype)).float()
+        return self.head(F.normalize(embeddings, dim=-1)).squeeze(-1)
 
     def _resize(self, images: Tensor) -> Tensor:
-        """To the tower's input: the shorter side fits and the middle is taken, as CLIP does; or squashed."""
-        have, (height, width) = images.shape[-2:], self.size
-        scale = max(height / have[0], width / have[1])
-        size = self.size if self.squash else (round(have[0] * scale), round(have[1] * scale))
+        """To the tower's input: the shorter side fits and the middle is taken, as CLIP does; or squashed.
+
+        Sizes are rounded as torchvision rounds them for CLIP: one pixel beside shows in the score.
+        """
+        have, size = images.shape[-2:], self.size
+        if not self.squash:
+            (h, w), (height, width) = have, self.size
+            size = (height, int(height * w / h)) if height * w >= width * h else (int(width * h / w), width)
         if size != tuple(have):
             images = F.interpolate(images, size, mode="bicubic", antialias=True, align_corners=False).clip(0, 1)
-        top, left = (size[0] - height) // 2, (size[1] - width) // 2
-        return images[..., top : top + height, left : left + width]
+        top, left = (round((made - wanted) / 2) for made, wanted in zip(size, self.size, strict=True))
+        return images[..., top : top + self.size[0], left : left + self.size[1]]
 
 
 @lru_cache(maxsize=4)
-def load_predictor(tower: str, weights: str | None, head: str | None, device: str) -> Predictor:
+def load_predictor(
+    tower: str, weights: str | None, head: str | None, device: str, dtype: torch.dtype = torch.float32
+) -> Predictor:
     """The model of `Aesthetic`, frozen; one per process and set of files."""
     import open_clip  # slow to import
 
@@ -124,8 +134,15 @@ def load_predictor(tower: str, weights: str | None, head: str | None, device: st
         if weights is None or head is None:
             raise ValueError(f"tower {tower!r} needs weights= and head=, two local files; nothing is downloaded.")
         local_file(weights)
-        clip = open_clip.create_model(tower, pretrained=weights, device=device)
-    model = Predictor(clip.visual, load_head(head)).to(device).eval()
+        try:
+            clip = open_clip.create_model(tower, pretrained=weights, device=device)
+        except Exception as error:
+            raise ValueError(f"weights {weights} do not load as {tower}: {error}") from error
+    module = load_head(head)
+    made, taken = clip.visual.output_dim, next(module.parameters()).shape[1]
+    if made != taken:
+        raise ValueError(f"head {head} takes embeddings of {taken} numbers, but tower {tower} makes {made}.")
+    model = Predictor(clip.visual.to(dtype), module).to(device).eval()
     return model.requires_grad_(False).to(memory_format=torch.channels_last)  # faster convolutions on a CPU
 
 
@@ -134,18 +151,12 @@ def load_head(file: str | Path) -> nn.Module:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: its keys are of neither form.
+        ValueError: its keys or shapes are of neither form.
     """
-    local_file(file)
-    if str(file).endswith(".safetensors"):
-        from safetensors.torch import load_file
-
-        state = load_file(file)
-    else:
-        state = torch.load(file, map_location="cpu", weights_only=True)
+    state = read_weights(file)
     if set(state) == {"weight", "bias"}:
-        linear = nn.Linear(state["weight"].shape[1], 1)
-        linear.load_state_dict(state)
+        linear = nn.Linear(state["weight"].shape[-1], 1)
+        load_weights(linear, file, state)
         return linear
     expected = {f"layers.{i}.{kind}" for i in _MLP_INDICES for kind in ("weight", "bias")}
     if set(state) != expected:
@@ -154,11 +165,11 @@ def load_head(file: str | Path) -> nn.Module:
             f"{', '.join(sorted(expected))}."
         )
     mlp = nn.Sequential()
-    width = state["layers.0.weight"].shape[1]
+    width = state["layers.0.weight"].shape[-1]
     for i, out in zip(_MLP_INDICES, _MLP_WIDTHS, strict=True):
         mlp.add_module(str(i), nn.Linear(width, out))
         width = out
-    mlp.load_state_dict({key.removeprefix("layers."): value for key, value in state.items()})
+    load_weights(mlp, file, {key.removeprefix("layers."): value for key, value in state.items()})
     return mlp
 
 

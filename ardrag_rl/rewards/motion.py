@@ -26,7 +26,8 @@ class Motion(Reward):
     point scores 0 and is not counted in means.
 
     Args:
-        tracker: how points are followed; None is `TemplateTracker()`.
+        tracker: how points are followed; None is `TemplateTracker()`. One that sees the whole video at once has
+            `causal = False`, and so has the reward then: it is paid at the end.
         alpha: the squared distance from which a point scores 0; the default is 3 px at 64.
         scale: lambda; None is 5 / alpha, which puts the reward in [0, 5].
     """
@@ -35,14 +36,24 @@ class Motion(Reward):
         if not (math.isfinite(alpha) and alpha > 0):
             raise ValueError(f"alpha={alpha}: expected a finite squared distance above 0.")
         self.tracker = tracker or TemplateTracker()
+        self.causal = getattr(self.tracker, "causal", True)
         self.alpha, self.scale = alpha, 5 / alpha if scale is None else scale
 
     def __call__(self, video: Tensor, controls: Sequence[Control]) -> Tensor:
         """(B, T, 3, H, W) -> (B, T) in [0, scale * alpha]."""
-        return self.start(controls).append(video)
+        return self._session(controls).append(video)
 
     def start(self, controls: Sequence[Control]) -> MotionSession:
-        """A session for B new videos, at a constant cost per frame."""
+        """A session for B new videos, at a constant cost per frame.
+
+        Raises:
+            ValueError: the tracker is not causal.
+        """
+        if not self.causal:
+            raise ValueError(f"reward {self.name!r} tracks whole videos: call it once, on all frames.")
+        return self._session(controls)
+
+    def _session(self, controls: Sequence[Control]) -> MotionSession:
         return MotionSession(self, controls, self.tracker.start(first_touches(controls)))
 
     def counted(self, controls: Sequence[Control]) -> Tensor:

@@ -44,7 +44,10 @@ class TrackerSession(Protocol):
 
 
 class Tracker(Protocol):
-    """Makes sessions. Trackers hold settings only, so that they can be copied."""
+    """Makes sessions. Trackers hold settings only, so that they can be copied.
+
+    One whose tracks look at later frames has an attribute `causal = False`: it is given all frames at once.
+    """
 
     def start(self, queries: Tensor) -> TrackerSession:
         """A session for B videos.
