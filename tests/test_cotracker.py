@@ -25,7 +25,7 @@ HEIGHT, WIDTH, LENGTH = 40, 96, 26
 
 
 class ColourModel(nn.Module):
-    """Follows the colour channel that is brightest at the query, to the centre of its light; dark is invisible."""
+    """Moves each query with the centre of the light in its colour, the brightest channel there; dark is unseen."""
 
     model_resolution = (60, 64)  # neither the clip's size nor its aspect
     window_len = 16
@@ -50,18 +50,26 @@ class ColourModel(nn.Module):
 
     def forward(self, video: Tensor, queries: Tensor, iters: int = 6, is_online: bool = False) -> tuple[Tensor, ...]:
         first = self.online_ind if is_online else 0
-        colours = self.get_track_feat(video, queries[..., 0] - first, queries[..., 1:])
+        entry = queries[..., 0] - first
+        colours = self.get_track_feat(video, entry, queries[..., 1:])
         if is_online:
             if self.online_track_feat[0] is None:
-                self.online_track_feat = self.online_track_support = [torch.zeros_like(colours)]
-            missing = self.online_track_feat[0].sum(-1, keepdim=True) == 0
-            self.online_track_feat[0] += colours * missing  # in place, as the model does
+                self.online_track_feat = [torch.zeros_like(colours)]
+                self.online_track_support = [torch.zeros_like(colours[..., :2])]
+            fresh = self.online_track_feat[0].sum(-1, keepdim=True) == 0
+            self.online_track_feat[0] += colours * fresh  # in place, as the model does
             colours = self.online_track_feat[0]
         light = torch.einsum("btchw,bnc->btnhw", video, colours) * torch.exp(self.gain)
         total = light.sum((-2, -1))
         y, x = torch.arange(60.0), torch.arange(64.0)
         centre = torch.stack([(light.sum(-2) * x).sum(-1), (light.sum(-1) * y).sum(-1)], -1)
-        coords = centre / total[..., None].clip(min=1e-6)
+        centre = centre / total[..., None].clip(min=1e-6)
+        index = entry.long().clip(0, video.shape[1] - 1)[:, None, :, None].expand(-1, -1, -1, 2)
+        offset = (queries[..., 1:] - centre.gather(1, index)[:, 0]).float()
+        if is_online:
+            self.online_track_support[0] += offset * fresh * (colours.sum(-1, keepdim=True) > 0)
+            offset = self.online_track_support[0]
+        coords = centre + offset[:, None]
         visible = (total > 5 * 255).float()
         if is_online:
             past = self.online_coords_predicted
