@@ -14,6 +14,7 @@ from ardrag_rl.rollout import Plan, Rollout
 if TYPE_CHECKING:
     from ardrag_rl.codec import Codec
     from ardrag_rl.generation import generate
+    from ardrag_rl.interaction import interactive
     from ardrag_rl.policies import VideoPolicy
     from ardrag_rl.training.algorithms import register_algorithm
     from ardrag_rl.training.collect import collect
@@ -29,6 +30,7 @@ _LAZY = {
     "VideoPolicy": "ardrag_rl.policies",
     "collect": "ardrag_rl.training.collect",
     "generate": "ardrag_rl.generation",
+    "interactive": "ardrag_rl.interaction",
     "register_algorithm": "ardrag_rl.training.algorithms",
 }
 
@@ -45,6 +47,7 @@ __all__ = [
     "envs",
     "flow",
     "generate",
+    "interactive",
     "register_algorithm",
     "register_reward",
 ]

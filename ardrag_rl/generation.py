@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from ardrag_rl.flow import randn
 from ardrag_rl.policies import VideoPolicy
 from ardrag_rl.policies.chunks import Conditions
 from ardrag_rl.policies.generate import generate_latents
+from ardrag_rl.policies.strategies import Strategy
 from ardrag_rl.rollout import Plan
 
 
@@ -33,6 +35,7 @@ def generate(
     kernel: str = "ode",
     device: str | torch.device = "cpu",
     codec_settings: CodecSettings | Mapping[str, Any] | None = None,
+    cache: Strategy | None = None,
 ) -> Tensor:
     """Generates a video that follows a drag path.
 
@@ -48,6 +51,8 @@ def generate(
         kernel: "ode", or "renoise" as Algorithm 1 samples.
         device: where policy and codec run.
         codec_settings: memory and speed of the codec by name; None is exact.
+        cache: the caching strategy, a name such as "sink" or as `policies.strategies.make_cache` takes it; None for the
+            pipeline's own.
 
     Returns:
         the video, (T, 3, H, W) float32 in [0, 1].
@@ -57,42 +62,83 @@ def generate(
     """
     if num_frames < 1:
         raise ValueError(f"num_frames={num_frames}: expected at least 1 latent frame.")
+    policy, codec, height, width = open_pipeline(pipeline, height, width, device, codec_settings)
+    frames = codec.pixel_frames(num_frames)
+    control = fit(image_task(image, drag, prompt, frames), frames, height, width).control
+    plan = Plan.all(kernel, policy.schedule.num_steps)
+    return generate_controlled(policy, codec, [control], [seed], plan, cache)[0]
+
+
+def open_pipeline(
+    pipeline: str | Path | VideoPolicy,
+    height: int | None,
+    width: int | None,
+    device: str | torch.device,
+    codec_settings: CodecSettings | Mapping[str, Any] | None = None,
+) -> tuple[VideoPolicy, Codec, int, int]:
+    """Policy, codec, height and width of `generate`'s arguments.
+
+    Raises:
+        ValueError: the pipeline is unknown, or the size does not fit its codec.
+    """
     policy = pipeline if isinstance(pipeline, VideoPolicy) else VideoPolicy.from_pretrained(pipeline, device)
     if policy.source is None:
         raise ValueError("the policy came from no pipeline folder, so its codec is unknown: pass the folder's name.")
     codec = Codec.from_pretrained(policy.source, policy.device, codec_settings)
     height, width = hub.pipeline_size(policy.source, height, width)
     codec.latent_shape(height, width)  # refuses a size that does not fit
-    frames = codec.pixel_frames(num_frames)
-    control = fit(image_task(image, drag, prompt, frames), frames, height, width).control
-    return generate_controlled(policy, codec, [control], [seed], Plan.all(kernel, policy.schedule.num_steps))[0]
+    return policy, codec, height, width
 
 
 def generate_controlled(
-    policy: VideoPolicy, codec: Codec, controls: Sequence[Control], seeds: Sequence[int], plan: Plan
+    policy: VideoPolicy,
+    codec: Codec,
+    controls: Sequence[Control],
+    seeds: Sequence[int],
+    plan: Plan,
+    cache: Strategy | None = None,
 ) -> Tensor:
     """Videos (B, T, 3, H, W) float32 in [0, 1] on the CPU, of B controls of one size and length; a video depends on
-    its own control and seed only."""
+    its own control and seed only. Control and video pass the codec frame by frame, as in `interactive`."""
     given, generators = conditions_of(codec, controls, seeds, policy.device)
-    return codec.decode(generate_latents(policy, plan, given, generators)[:, :, -1]).cpu()
+    latents = generate_latents(policy, plan, given, generators, cache)[:, :, -1]
+    decoder = codec.decoder()
+    return torch.cat([decoder.append(x) for x in latents.unbind(1)], 1).cpu()
 
 
 def conditions_of(
     codec: Codec, controls: Sequence[Control], seeds: Sequence[int], device: torch.device
 ) -> tuple[Conditions, list[torch.Generator]]:
     """What B videos are generated from, and for each the generator of what its kernels draw."""
-    height, width = controls[0].image.shape[-2:]
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     num_frames = codec.latent_frames(controls[0].num_frames)
-    shape = (len(controls), num_frames, *codec.latent_shape(height, width))
+    images, prompts = torch.stack([c.image for c in controls]), [c.prompt for c in controls]
+    given, generators = uncontrolled(codec, images, prompts, num_frames, seeds, device)
+    return replace(given, trajectory=encode_controls(codec, controls)), generators
+
+
+def uncontrolled(
+    codec: Codec,
+    images: Tensor,
+    prompts: Sequence[str],
+    num_frames: int,
+    seeds: Sequence[int],
+    device: torch.device,
+) -> tuple[Conditions, list[torch.Generator]]:
+    """As `conditions_of`, before anything is known of the control: of images (B, 3, H, W), a trajectory of zeros."""
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    shape = (len(images), num_frames, *codec.latent_shape(*images.shape[-2:]))
     noise, reference = randn(shape, generators), randn(shape, generators)
-    images = torch.stack([c.image for c in controls])
     reference[:, :1] = codec.encode(images[:, None]).cpu()
-    given = Conditions(
-        noise.to(device),
-        codec.encode_heat_maps(controls, height, width),
-        reference.to(device),
-        codec.encode_text([c.prompt for c in controls]),
-        codec.encode_images(images),
-    )
-    return given, generators
+    noise, reference = noise.to(device), reference.to(device)
+    text, tokens = codec.encode_text(prompts), codec.encode_images(images)
+    return Conditions(noise, torch.zeros_like(noise), reference, text, tokens), generators
+
+
+def encode_controls(codec: Codec, controls: Sequence[Control]) -> Tensor:
+    """Eq. 6 frame by frame, (B, F, C, h, w): the numbers are those of a control that is given as it is drawn."""
+    encoder, height, width = codec.encoder(), *controls[0].image.shape[-2:]
+    maps = torch.stack([c.heat_maps(height, width) for c in controls]) / 2 + 0.5  # (B, T, 3, H, W)
+    later = codec.latent_frames(maps.shape[1]) - 1
+    z = torch.stack([encoder.append(part) for part in maps.split([1] + later * [codec.temporal_stride], 1)], 1)
+    empty = torch.tensor([c.points.shape[1] == 0 for c in controls], device=z.device)
+    return torch.where(empty[:, None, None, None, None], 0.0, z)

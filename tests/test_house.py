@@ -15,7 +15,7 @@ PACKAGE = ROOT / "ardrag_rl"
 # from the bottom up; a part may import its own files and parts below it
 ORDER = (
     *("flow", "control", "media", "hub", "codec", "rollout"),
-    *("rewards", "policies", "envs", "generation", "training", "distill", "metrics"),
+    *("rewards", "policies", "envs", "generation", "interaction", "training", "distill", "metrics"),
 )
 # what a part must not know although it lies below, nor load lazily
 STRANGERS = {

@@ -34,7 +34,7 @@ def policy(tiny_pipeline):
     return VideoPolicy.from_pretrained(tiny_pipeline)
 
 
-OURS = ("window", "chunk_size", "prediction_type")  # what diffusers' class does not know
+OURS = ("window", "chunk_size", "prediction_type", "cache")  # what diffusers' class does not know
 
 
 @torch.no_grad()

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Protocol
+from typing import Any, ClassVar, Protocol, Self
 
 import torch
 from torch import Tensor
+
+from ardrag_rl.policies.rotary import Rotary
 
 LayerKV = tuple[Tensor, Tensor]  # keys, values: (B, P, n, heads, head_dim) of P frames with n tokens each
 
@@ -18,18 +20,56 @@ class FrameEntry:
     """What one clean frame leaves in every layer; never written to again, so gradients and forks stay apart.
 
     Attributes:
-        layers: per layer (keys, values), each (B, n, heads, head_dim); keys carry their rotary position.
+        layers: per layer (keys, values), each (B, n, heads, head_dim); keys carry their rotary position, or none where
+            the cache asks for `unrotated` entries.
+        queries: per layer (B, n, heads, head_dim), without a position, in unrotated entries.
+        rotary: what gives an unrotated entry its position.
     """
 
     layers: tuple[LayerKV, ...]
+    queries: tuple[Tensor, ...] = ()
+    rotary: Rotary | None = None
+
+    def select(self, rows: Tensor) -> FrameEntry:
+        """The entry of these videos of the batch."""
+        layers = tuple((k[rows], v[rows]) for k, v in self.layers)
+        return FrameEntry(layers, tuple(q[rows] for q in self.queries), self.rotary)
+
+
+@dataclass(frozen=True)
+class Band:
+    """What a frame sees where many run in one pass: the first `sink` frames and the last `window` before its chunk."""
+
+    window: int
+    sink: int = 0
 
 
 class Cache(Protocol):
-    """A caching strategy. `append` gives a new cache and leaves the old one as it was."""
+    """A caching strategy. `append` gives a new cache and leaves the old one as it was.
+
+    A strategy with a `band` is exact in one pass over many frames, so a replay equals the rollout and it can be trained
+    with. Where `band` is None, what a frame sees depends on what the cache made of the frames before it: they have to
+    come one chunk at a time, and the transformer refuses anything else.
+    """
 
     @property
     def num_frames(self) -> int:
-        """Frames appended so far, those dropped included: the position of the next frame."""
+        """Frames appended so far, those dropped included: the number of the next frame."""
+        ...
+
+    @property
+    def position(self) -> int:
+        """The temporal rotary position of the next frame."""
+        ...
+
+    @property
+    def band(self) -> Band | None:
+        """What one pass over many frames has to mask; None where no mask gives the same."""
+        ...
+
+    @property
+    def unrotated(self) -> bool:
+        """Whether entries are to come without a position, and with their queries."""
         ...
 
     def append(self, entries: Sequence[FrameEntry]) -> Cache:
@@ -53,23 +93,56 @@ class RollingCache:
     longer ago: a rebuild has to run all earlier frames under the banded mask.
     """
 
+    unrotated: ClassVar[bool] = False
+
     window: int
-    entries: tuple[FrameEntry, ...] = ()
+    entries: tuple[Any, ...] = ()  # FrameEntry, or what a strategy makes of it
     num_frames: int = 0
 
-    def append(self, entries: Sequence[FrameEntry]) -> RollingCache:
-        kept = (*self.entries, *entries)[-self.window :]
-        return RollingCache(self.window, kept, self.num_frames + len(entries))
+    @property
+    def position(self) -> int:
+        return self.num_frames
+
+    @property
+    def band(self) -> Band | None:
+        return Band(self.window)
+
+    def append(self, entries: Sequence[FrameEntry]) -> Self:
+        kept = self._kept((*self.entries, *entries))
+        return replace(self, entries=kept, num_frames=self.num_frames + len(entries))
 
     def view(self, layer: int) -> LayerKV | None:
         return self._layers[layer] if self.entries else None
 
-    def select(self, rows: Tensor) -> RollingCache:
-        entries = tuple(FrameEntry(tuple((k[rows], v[rows]) for k, v in e.layers)) for e in self.entries)
-        return RollingCache(self.window, entries, self.num_frames)
+    def select(self, rows: Tensor) -> Self:
+        return replace(self, entries=tuple(e.select(rows) for e in self.entries))
+
+    def _kept(self, entries: tuple[Any, ...]) -> tuple[Any, ...]:
+        return entries[-self.window :]
 
     @cached_property
     def _layers(self) -> tuple[LayerKV, ...]:
         """Concatenated once, used by every step of the next frame."""
         per_layer = zip(*(e.layers for e in self.entries), strict=True)
         return tuple((torch.stack([k for k, _ in kv], 1), torch.stack([v for _, v in kv], 1)) for kv in per_layer)
+
+
+@dataclass(frozen=True)
+class SinkCache(RollingCache):
+    """An attention sink: keeps the first `sink` frames beside the last `window` (StreamingLLM; in video LongLive).
+
+    All keep the positions they had, as LongLive was trained. Exact in one pass.
+    """
+
+    sink: int = 1
+
+    def __post_init__(self) -> None:
+        if self.sink < 0:
+            raise ValueError(f"sink={self.sink}: expected at least 0 frames.")
+
+    @property
+    def band(self) -> Band | None:
+        return Band(self.window, self.sink)
+
+    def _kept(self, entries: tuple[Any, ...]) -> tuple[Any, ...]:
+        return entries[: self.sink] + entries[max(self.sink, len(entries) - self.window) :]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ardrag_rl.policies.chunks import Chunk, Conditions, chunk_slices
+from ardrag_rl.policies.strategies import Strategy
 from ardrag_rl.rollout import Plan
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ def generate_latents(
     plan: Plan,
     given: Conditions,
     generator: torch.Generator | Sequence[torch.Generator] | None = None,
+    cache: Strategy | None = None,
 ) -> Tensor:
     """Runs a plan over all frames: chunk by chunk, which with chunks of one frame is what an environment does.
 
@@ -29,20 +31,28 @@ def generate_latents(
         plan: a kernel for each step.
         given: of B videos of F frames.
         generator: of what stochastic kernels draw: one for the batch, or one for each video.
+        cache: the caching strategy; None for the transformer's own.
 
     Returns:
         (B, F, N+1, C, h, w), x[m,n]; the last along N is clean.
     """
-    model, levels, num_frames = policy.transformer, policy.schedule.levels, given.noise.shape[1]
-    context, cache = model.encode_context(given.text, given.image), model.new_cache()
+    model, num_frames = policy.transformer, given.noise.shape[1]
+    context, past = model.encode_context(given.text, given.image), model.new_cache(cache)
     states = []
     for frames in chunk_slices(num_frames, model.config["chunk_size"]):
-        chunk = Chunk(policy, given, context, cache, frames)
-        chain = [given.noise[:, frames]]
-        for n, kernel in enumerate(plan.kernels):
-            step = kernel.step(chain[-1], chunk.velocity(chain[-1], n), levels[n], levels[n + 1])
-            chain.append(step.sample(generator))
+        chunk = Chunk(policy, given, context, past, frames)
+        states.append(denoise(chunk, plan, generator))
         if frames.stop < num_frames:
-            cache = cache.append(chunk.entries(chain[-1]))
-        states.append(torch.stack(chain, 2))
+            past = past.append(chunk.entries(states[-1][:, :, -1]))
     return torch.cat(states, 1)
+
+
+@torch.no_grad()
+def denoise(chunk: Chunk, plan: Plan, generator: torch.Generator | Sequence[torch.Generator] | None = None) -> Tensor:
+    """One chunk from its noise, (B, c, N+1, C, h, w)."""
+    levels = chunk.policy.schedule.levels
+    chain = [chunk.given.noise[:, chunk.frames]]
+    for n, kernel in enumerate(plan.kernels):
+        step = kernel.step(chain[-1], chunk.velocity(chain[-1], n), levels[n], levels[n + 1])
+        chain.append(step.sample(generator))
+    return torch.stack(chain, 2)

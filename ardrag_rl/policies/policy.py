@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ardrag_rl import hub
 from ardrag_rl.flow import GaussianStep, Schedule
 from ardrag_rl.policies.session import Session
+from ardrag_rl.policies.strategies import Strategy
 from ardrag_rl.policies.transformer import CausalWanTransformer3DModel
 from ardrag_rl.policies.weights import check_keys
 from ardrag_rl.policies.widen import widen
@@ -130,9 +131,9 @@ class VideoPolicy(nn.Module):
         """C."""
         return int(self.transformer.config["out_channels"])
 
-    def session(self, batch_size: int) -> Session:
-        """A KV-cached session for `batch_size` running episodes."""
-        return Session(self, batch_size)
+    def session(self, batch_size: int, cache: Strategy | None = None) -> Session:
+        """A KV-cached session for `batch_size` running episodes; another caching strategy is for inference."""
+        return Session(self, batch_size, cache)
 
     def frame_inputs(self, latents: Tensor, reference: Tensor, trajectory: Tensor, first: int = 0) -> Tensor:
         """What the transformer sees of F frames, the first of them frame `first` of its video (Eq. 6).
@@ -158,7 +159,7 @@ class VideoPolicy(nn.Module):
             a step with mean (B, F, S, C, h, w) and std (S, 1, 1, 1).
 
         Raises:
-            ValueError: the rollout's plan scores no step.
+            ValueError: the rollout's plan scores no step, or the transformer's cache cannot be replayed.
         """
         plan = rollout.plan
         if not plan.scored:

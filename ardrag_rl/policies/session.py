@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ardrag_rl.flow import GaussianStep, Kernel
 from ardrag_rl.policies.cache import Cache
+from ardrag_rl.policies.strategies import Strategy
 from ardrag_rl.policies.transformer import Context
 
 if TYPE_CHECKING:
@@ -24,14 +25,17 @@ class Session:
 
     An observation holds the whole Markov state, so any sequence of observations is answered correctly: where one
     continues the episode the cache is used, where it does not (a rewind, a fork, a new episode) the cache is rebuilt
-    by running all frames before m under the banded mask. Weights are not watched: after an update, take a new session.
+    by running all frames before m, under the banded mask where the strategy has one. So is it where the prompt or the
+    control so far has changed, which is LongLive's re-cache, of the whole history and not of the window alone. Weights
+    are not watched: after an update, take a new session.
 
     Args:
         policy: a `VideoPolicy`.
         batch_size: B, the number of episodes; every observation has it as its first dimension.
+        cache: the caching strategy; None for the transformer's own.
     """
 
-    def __init__(self, policy: VideoPolicy, batch_size: int) -> None:
+    def __init__(self, policy: VideoPolicy, batch_size: int, cache: Strategy | None = None) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size={batch_size}: expected at least 1.")
         chunk = policy.transformer.config["chunk_size"]
@@ -41,7 +45,8 @@ class Session:
         self._prompt: tuple[Tensor, ...] = ()  # what the context was computed from: text, and image where there is one
         self._frames: tuple[tuple[Tensor, ...], ...] = ()  # what the cache was computed from, frame by frame
         self._context: Context | None = None
-        self._cache: Cache = policy.transformer.new_cache()
+        self._strategy = cache
+        self._cache: Cache = policy.transformer.new_cache(cache)
 
     @torch.no_grad()
     def transition(self, obs: Observation, kernel: Kernel) -> GaussianStep:
@@ -77,7 +82,7 @@ class Session:
             for m in sorted(set(frame)):
                 rows = [i for i, f in enumerate(frame) if f == m]
                 part = {key: value[rows] for key, value in state.items()}
-                alone = Session(self.policy, len(rows))
+                alone = Session(self.policy, len(rows), self._strategy)
                 velocity[rows] = alone._velocity(part, m, x[rows], [step[i] for i in rows])
         levels = self.policy.schedule.levels
         if len(set(step)) == 1:
@@ -105,12 +110,13 @@ class Session:
         if known > frame or not all(_equal(old, _frame(state, j)) for j, old in enumerate(self._frames)):
             known = 0
         if known == 0:
-            self._cache, self._frames = self.policy.transformer.new_cache(), ()
+            self._cache, self._frames = self.policy.transformer.new_cache(self._strategy), ()
         if known < frame:
             latents, reference, trajectory = (state[k][:, known:frame] for k in _FRAME_KEYS)
             inputs = self.policy.frame_inputs(latents, reference, trajectory, first=known)
-            _, entries = self.policy.transformer(self._context, inputs, cache=self._cache)
-            self._cache = self._cache.append(entries)
+            for part in inputs.split(frame - known if self._cache.band else 1, 1):
+                _, entries = self.policy.transformer(self._context, part, cache=self._cache)
+                self._cache = self._cache.append(entries)
             # copies: the caller may write into the arrays it observed
             self._frames += tuple(_copy(_frame(state, j)) for j in range(known, frame))
 

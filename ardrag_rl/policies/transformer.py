@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +13,9 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
 from torch import Tensor
 
-from ardrag_rl.policies.cache import Cache, FrameEntry, LayerKV, RollingCache
+from ardrag_rl.policies.cache import Band, Cache, FrameEntry, LayerKV
+from ardrag_rl.policies.rotary import Rotary, Turn, rotate
+from ardrag_rl.policies.strategies import Strategy, make_cache
 
 CHUNK_TOKENS = 64  # queries of consecutive chunks that share one attention call
 
@@ -44,6 +47,8 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
         prediction_type: what the last layer predicts, in diffusers' names: "flow_prediction", the velocity, as Wan
             does; or "sample", x0_hat, from which the velocity is (x - x0_hat) / t. A model that is narrower than its
             patches cannot pass their noise through, which a velocity asks for.
+        cache: the caching strategy, as `strategies.make_cache` takes it. The rule above is that of "rolling"; "sink"
+            adds the first frames. What others show a frame is their own matter.
         others: as in diffusers. `in_channels` = C latent + r mask + C reference + C trajectory channels.
     """
 
@@ -69,6 +74,7 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
         window: int = 7,
         chunk_size: int = 1,
         prediction_type: str = "flow_prediction",
+        cache: str | Mapping[str, Any] = "rolling",
     ) -> None:
         super().__init__(
             patch_size=patch_size,
@@ -96,6 +102,7 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
             raise ValueError(f"window={window}: expected at least one frame.")
         if chunk_size < 1:
             raise ValueError(f"chunk_size={chunk_size}: expected at least one frame.")
+        make_cache(cache, window)  # refuses what is unknown
 
     @classmethod
     def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> tuple[dict, dict, dict]:
@@ -103,9 +110,9 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
         arguments, unused, hidden = super().extract_init_dict(config_dict, **kwargs)
         return arguments, unused, {key: value for key, value in hidden.items() if key.startswith("_")}
 
-    def new_cache(self) -> Cache:
-        """An empty cache of the model's window."""
-        return RollingCache(self.config["window"])
+    def new_cache(self, strategy: Strategy | None = None) -> Cache:
+        """An empty cache of the model's window; None for the model's own strategy."""
+        return make_cache(self.config["cache"] if strategy is None else strategy, self.config["window"])
 
     def encode_context(self, text: Tensor, image: Tensor | None = None) -> Context:
         """Prompt embeddings (B, L, D) and image tokens (B, L', D') -> what cross-attention reads."""
@@ -145,6 +152,9 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
 
         Returns:
             velocity (B, S, F', C, h, w) or None, and F entries for the cache.
+
+        Raises:
+            ValueError: frames are missing, too many for the rotary table, or more than the cache takes at a time.
         """
         cache = cache if cache is not None else self.new_cache()
         streams = [x for x in (clean[:, None] if clean is not None else None, noisy) if x is not None]
@@ -159,33 +169,44 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
             raise ValueError(f"{num_noisy} noisy frames need {needed} clean ones before them, got {num_clean}.")
         if cache.num_frames % chunk:
             raise ValueError(f"a cache of {cache.num_frames} frames ends within a chunk of {chunk}.")
+        if cache.band is None and max(num_clean, num_noisy) > chunk:
+            raise ValueError(
+                f"{max(num_clean, num_noisy)} frames in one pass: {type(cache).__name__} takes {chunk} at a time, no "
+                "mask gives what it shows a frame. Training replays a rollout in one pass, and the ratio would not be "
+                "1: train with cache='rolling', 'sink' or 'relative' (without a sink)."
+            )
         _, ph, pw = self.config["patch_size"]
         h, w = streams[0].shape[-2] // ph, streams[0].shape[-1] // pw
 
         # All frames side by side, (B, Ft, n, D): the clean ones, then the rows of noisy ones.
         frames = torch.cat([x.flatten(1, 2) for x in streams], 1).to(self.dtype)
         x = self._embed_patches(frames)
-        layout = _Layout(num_clean, rows, num_noisy, self.config["window"], chunk)
+        band = cache.band or Band(sys.maxsize)  # one chunk sees all that the cache shows
+        layout = _Layout(num_clean, rows, num_noisy, chunk, band, cache.unrotated)
         steps = torch.zeros(batch, x.shape[1], device=device)
         if noisy is not None:
             level = torch.as_tensor(timestep, dtype=torch.float32, device=device)
             steps[:, num_clean:] = level.expand(batch, rows, num_noisy).flatten(1)
         temb, modulation = self._embed_time(steps)
-        start = cache.num_frames
-        position = torch.cat(
-            [torch.arange(num_clean), torch.arange(num_noisy).repeat(rows)] if rows else [torch.arange(num_clean)]
-        )
-        rotary = self._rotary((position + start).to(device), start + max(num_clean, num_noisy), h, w)
+        position = torch.cat([torch.arange(num_clean), torch.arange(num_noisy).repeat(rows)])
+        rotary = Rotary.of(self.rope, h, w)
+        turn = rotary.at(position + cache.position)
 
-        entries: list[LayerKV] = []
+        kept: list[tuple[Tensor, ...]] = []
         checkpoint = torch.is_grad_enabled() and self.gradient_checkpointing
         for i, block in enumerate(self.blocks):
             image = context.image[i] if context.image is not None else None
-            args = (block, x, modulation, rotary, layout, cache.view(i), context.text[i], image)
-            x, kv = self._gradient_checkpointing_func(_run_block, *args) if checkpoint else _run_block(*args)
-            entries.append(kv)
-        layers = tuple(entries)
-        frame_entries = tuple(FrameEntry(tuple((k[:, i], v[:, i]) for k, v in layers)) for i in range(num_clean))
+            args = (block, x, modulation, turn, layout, cache.view(i), context.text[i], image)
+            x, kvq = self._gradient_checkpointing_func(_run_block, *args) if checkpoint else _run_block(*args)
+            kept.append(kvq)
+        frame_entries = tuple(
+            FrameEntry(
+                tuple((k[:, i], v[:, i]) for k, v, *_ in kept),
+                tuple(q[:, i] for _, _, *queries in kept for q in queries),
+                rotary if cache.unrotated else None,
+            )
+            for i in range(num_clean)
+        )
         if noisy is None:
             return None, frame_entries
         output = self._unembed(x[:, num_clean:], temb[:, num_clean:], h, w).unflatten(1, (rows, num_noisy))
@@ -209,21 +230,6 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
         projected = embedder.time_proj(embedder.act_fn(temb))
         return temb.unflatten(0, timestep.shape), projected.unflatten(0, timestep.shape).unflatten(-1, (6, -1))
 
-    def _rotary(self, position: Tensor, end: int, h: int, w: int) -> tuple[Tensor, Tensor]:
-        """cos and sin, (Ft, n, 1, head_dim / 2), of frames at the given temporal positions, all before `end`."""
-        rope: Any = self.rope
-        limit = rope.freqs_cos.shape[0]
-        if end > limit:
-            raise ValueError(f"frame {end - 1} is beyond rope_max_seq_len={limit}.")
-
-        def grid(freqs: Tensor) -> Tensor:
-            t, y, x = freqs[:, ::2].split([rope.t_dim // 2, rope.h_dim // 2, rope.w_dim // 2], 1)
-            shape = (len(position), h, w, -1)
-            axes = (t[position][:, None, None], y[:h][None, :, None], x[:w][None, None])
-            return torch.cat([a.expand(shape) for a in axes], -1).flatten(1, 2)[:, :, None]
-
-        return grid(rope.freqs_cos), grid(rope.freqs_sin)
-
     def _unembed(self, x: Tensor, temb: Tensor, h: int, w: int) -> Tensor:
         """(B, Ft, n, D) -> (B, Ft, C, h ph, w pw)."""
         _, ph, pw = self.config["patch_size"]
@@ -235,34 +241,37 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
 
 @dataclass(frozen=True)
 class _Layout:
-    """How frames lie side by side: `num_clean` clean ones, then `rows` times `num_noisy` noisy ones."""
+    """How frames lie side by side: `num_clean` clean ones, then `rows` times `num_noisy` noisy ones; who sees whom; and
+    whether entries are to be unrotated."""
 
     num_clean: int
     rows: int
     num_noisy: int
-    window: int
     chunk: int
+    band: Band
+    unrotated: bool
 
 
 def _run_block(
     block: Any,
     x: Tensor,
     modulation: Tensor,
-    rotary: tuple[Tensor, Tensor],
+    turn: Turn,
     layout: _Layout,
     past: LayerKV | None,
     text: LayerKV,
     image: LayerKV | None,
-) -> tuple[Tensor, LayerKV]:
-    """One `WanTransformerBlock` on frames (B, Ft, n, D); also the keys and values of the clean frames."""
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """One `WanTransformerBlock` on frames (B, Ft, n, D); also the clean frames' keys and values (and queries)."""
     # (B, Ft, 1, D) each, constant over a frame's tokens
     shift, scale, gate, shift_f, scale_f, gate_f = (block.scale_shift_table + modulation.float()).chunk(6, 2)
     hidden = (block.norm1(x.float()) * (1 + scale) + shift).type_as(x)
     attn = block.attn1
     q, k, v = attn.norm_q(attn.to_q(hidden)), attn.norm_k(attn.to_k(hidden)), attn.to_v(hidden)
     q, k, v = (a.unflatten(-1, (attn.heads, -1)) for a in (q, k, v))  # (B, Ft, n, H, d)
-    q, k = _rotate(q, *rotary), _rotate(k, *rotary)
-    attended = _attend(q, k, v, past, layout)
+    turned = rotate(q, turn), rotate(k, turn)
+    kept = (k, v, q) if layout.unrotated else (turned[1], v)
+    attended = _attend(*turned, v, past, layout)
     x = (x.float() + attn.to_out[0](attended.flatten(-2)) * gate).type_as(x)
 
     hidden = block.norm2(x.float()).type_as(x).flatten(1, 2)
@@ -270,7 +279,7 @@ def _run_block(
 
     hidden = (block.norm3(x.float()) * (1 + scale_f) + shift_f).type_as(x)
     x = (x.float() + block.ffn(hidden).float() * gate_f).type_as(x)
-    return x, (k[:, : layout.num_clean], v[:, : layout.num_clean])
+    return x, tuple(a[:, : layout.num_clean] for a in kept)
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, past: LayerKV | None, layout: _Layout) -> Tensor:
@@ -299,21 +308,25 @@ def _attend_rows(
     """
     q, own_k, own_v = qkv
     rows, num_frames, tokens = q.shape[1:4]
-    chunk, window = layout.chunk, layout.window
+    chunk, window = layout.chunk, layout.band.window
     size = chunk * max(1, CHUNK_TOKENS // (tokens * chunk))
     own_keys, own_values = own_k.unbind(2), own_v.unbind(2)  # (B, R, n, H, d) for each frame
     attended = []
     for a, part in zip(range(0, num_frames, size), q.split(size, 2), strict=True):
         b = min(a + size, num_frames)
         lo, hi = max(0, first + a - window), first + (b - 1) // chunk * chunk
+        sink = min(lo, layout.band.sink)  # of it, what the window does not begin with
         mask = None
         if b - a > chunk:
             starts = torch.arange(a, b) // chunk * chunk  # of each frame's chunk
-            start, key = (first + starts)[:, None], torch.arange(lo, hi)
+            start, key = (first + starts)[:, None], torch.cat([torch.arange(sink), torch.arange(lo, hi)])
             together = starts[:, None] == starts
-            mask = _mask(torch.cat([(key < start) & (key >= start - window), together], 1), tokens, part)
+            before = (key < start) & ((key >= start - window) | (key < layout.band.sink))
+            mask = _mask(torch.cat([before, together], 1), tokens, part)
         seen_k, seen_v = (
-            torch.stack([*(x[:, None].expand(-1, rows, -1, -1, -1) for x in clean[lo:hi]), *own[a:b]], 2).flatten(0, 1)
+            torch.stack(
+                [*(x[:, None].expand(-1, rows, -1, -1, -1) for x in (*clean[:sink], *clean[lo:hi])), *own[a:b]], 2
+            ).flatten(0, 1)
             for clean, own in ((keys, own_keys), (values, own_values))
         )  # (B R, frames, n, H, d)
         attended.append(_sdpa(part.flatten(0, 1), seen_k, seen_v, mask).unflatten(0, (-1, rows)))
@@ -345,9 +358,3 @@ def _cross_kv(attn: Any, to_k: Any, to_v: Any, norm: Any, tokens: Tensor) -> Lay
     k, v = norm(to_k(tokens)), to_v(tokens)
     k, v = (a.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for a in (k, v))
     return k, v
-
-
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary position on neighbouring pairs, x (..., H, d)."""
-    a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2).type_as(x)

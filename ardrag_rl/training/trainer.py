@@ -73,7 +73,7 @@ class GRPOTrainer(Trainer):
         callbacks, optimizers: as in `transformers.Trainer`.
 
     Raises:
-        ValueError: an unknown loss, task, reward or pipeline; rewards weighted twice.
+        ValueError: an unknown loss, task, reward or pipeline; rewards weighted twice; a cache that cannot be replayed.
     """
 
     args: GRPOConfig
@@ -94,6 +94,11 @@ class GRPOTrainer(Trainer):
         if not isinstance(policy, VideoPolicy):
             pipeline = policy if pipeline is None else pipeline
             policy = VideoPolicy.from_pretrained(policy)
+        if policy.transformer.new_cache().band is None:
+            raise ValueError(
+                f"cache={policy.transformer.config['cache']!r} is for inference: no replay in one pass gives the same "
+                "numbers, so the ratio would not be 1. Train with 'rolling', 'sink' or 'relative' (without a sink)."
+            )
         pipeline = pipeline if pipeline is not None else policy.source
         if pipeline is None:
             raise ValueError("the policy does not say which pipeline it is of; pass pipeline= for the environment.")
