@@ -96,13 +96,14 @@ def test_a_rewind_with_other_points_is_the_other_video(policy, codec):
     """It differs from there on, and nothing of what was taken back is left."""
     live = begin(policy)
     video = drive(live)
-    other = PATH[:2] + [[0.2, 0.9]] * 4
-    for k in (4, 1, 2):  # also of what was regenerated
+    path = PATH
+    for k, point in ((4, [0.2, 0.9]), (1, [0.9, 0.9]), (2, [0.5, 0.1]), (3, [0.7, 0.3])):  # also what was made anew
+        path = path[: FRAMES - k] + [point] * k
         live.rewind(k)
-        got = drive(live, other[FRAMES - k :])
-    want = batch(policy, codec, other)
-    assert torch.equal(got, want[4:]) and torch.equal(want[:2], video[:2])
-    assert all(not torch.equal(a, b) for a, b in zip(want[2:], video[2:], strict=True))
+        got, want = drive(live, path[FRAMES - k :]), batch(policy, codec, path)
+        assert torch.equal(got, want[FRAMES - k :]) and torch.equal(want[: FRAMES - k], video[: FRAMES - k])
+        assert all(not torch.equal(a, b) for a, b in zip(got, video[FRAMES - k :], strict=True))
+        video = want
 
 
 def test_another_prompt_is_a_rebuild_under_it(policy, codec):
