@@ -223,7 +223,7 @@ def test_a_relative_sink_is_next_to_the_window(policy):
     assert cache.position == WINDOW + 1 and cache.band is None
     for i, m in enumerate((0, 5, 6, 7)):
         k, v = entries[m].layers[0]
-        turn = entries[m].rotary.at(torch.tensor([i]))
+        turn = entries[m].rotary.at([i])
         assert torch.equal(keys[:, i], rotate(k[:, None], turn)[:, 0]) and torch.equal(values[:, i], v)
 
 
@@ -290,7 +290,7 @@ def test_the_tokens_that_recent_frames_attend_to_stay(policy):
         for row in range(BATCH):
             turned = [
                 [
-                    rotate(x[layer][row][None], rotary.at(torch.tensor([m])))[0]
+                    rotate(x[layer][row][None], rotary.at([m]))[0]
                     for x in (e.queries, [k for k, _ in e.layers])
                 ]
                 for m, e in enumerate(entries)
@@ -300,7 +300,7 @@ def test_the_tokens_that_recent_frames_attend_to_stay(policy):
             best = sorted(sorted(score, key=score.get)[-16:])
             want = torch.stack([entries[m].layers[layer][1][row, j] for m, j in best])
             assert torch.equal(values[row, 1], want)
-            place = rotary.at(torch.tensor([1]))  # where they are read, at their own tokens
+            place = rotary.at([1])  # where they are read, at their own tokens
             for t, (m, j) in enumerate(best):
                 k = rotate(entries[m].layers[layer][0][row, j], (place[0][0, j], place[1][0, j]))
                 torch.testing.assert_close(keys[row, 1, t], k, **CLOSE)

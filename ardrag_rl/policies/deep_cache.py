@@ -62,7 +62,7 @@ class DeepSinkCache(RelativeCache):
         return replace(self, entries=slots, num_frames=self.num_frames + len(entries))
 
     def _turn(self) -> Turn:
-        return self.entries[0].rotary.time(torch.arange(len(self.entries)))
+        return self.entries[0].rotary.time(range(len(self.entries)))
 
     def _compressed(self, slots: tuple[FrameEntry, ...]) -> tuple[FrameEntry, ...]:
         first, last = slots[: self.sink], slots[-self.recent :]
@@ -79,7 +79,7 @@ class DeepSinkCache(RelativeCache):
             torch.stack([e.layers[layer][i] for e in slots[self.sink : -self.recent]], 1) for i in (0, 1)
         )  # (B, P, n, H, d)
         queries = torch.stack([e.queries[layer] for e in slots[-self.recent :]], 1)
-        rotary, at = slots[0].rotary, torch.arange(len(slots))
+        rotary, at = slots[0].rotary, range(len(slots))
         assert rotary is not None
         seen = rotate(keys.float(), rotary.time(at[self.sink : -self.recent]))
         asked = rotate(queries.float(), rotary.time(at[-self.recent :])).sum((1, 2))  # (B, H, d)

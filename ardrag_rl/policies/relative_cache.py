@@ -41,7 +41,7 @@ class RelativeCache(SinkCache):
 
     def _turn(self) -> Turn:
         """What the frames of the cache are rotated by."""
-        return self.entries[0].rotary.at(torch.arange(len(self.entries)))
+        return self.entries[0].rotary.at(range(len(self.entries)))
 
     @cached_property
     def _layers(self) -> tuple[LayerKV, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,31 +34,31 @@ class Rotary:
         split = (rope.t_dim // 2, rope.h_dim // 2, rope.w_dim // 2)
         return cls(rope.freqs_cos[:, ::2], rope.freqs_sin[:, ::2], split, height, width)
 
-    def at(self, position: Tensor) -> Turn:
-        """Of frames at temporal positions (P,): (P, n, 1, head_dim / 2) each.
+    def at(self, position: Sequence[int]) -> Turn:
+        """Of P frames at these temporal positions: (P, n, 1, head_dim / 2) each.
 
         Raises:
             ValueError: a position is beyond the model's.
         """
         return self._grid(position, self.height, self.width)
 
-    def time(self, position: Tensor) -> Turn:
+    def time(self, position: Sequence[int]) -> Turn:
         """The temporal part of `at` alone, (P, 1, 1, head_dim / 2)."""
         return self._grid(position, 1, 1)  # position 0 turns nothing
 
     def space(self) -> Turn:
         """The spatial part of `at` alone, (1, n, 1, head_dim / 2)."""
-        return self._grid(torch.zeros(1, dtype=torch.int64), self.height, self.width)
+        return self._grid([0], self.height, self.width)
 
-    def _grid(self, position: Tensor, height: int, width: int) -> Turn:
-        if len(position) and (last := int(position.max())) >= len(self.cos):
+    def _grid(self, position: Sequence[int], height: int, width: int) -> Turn:
+        if (last := max(position, default=0)) >= len(self.cos):
             raise ValueError(f"frame {last} is beyond rope_max_seq_len={len(self.cos)}.")
-        position = position.to(self.cos.device)
+        index = torch.tensor(position, dtype=torch.int64, device=self.cos.device)
 
         def grid(freqs: Tensor) -> Tensor:
             t, y, x = freqs.split(self.split, 1)
             shape = (len(position), height, width, -1)
-            axes = (t[position][:, None, None], y[:height][None, :, None], x[:width][None, None])
+            axes = (t[index][:, None, None], y[:height][None, :, None], x[:width][None, None])
             return torch.cat([a.expand(shape) for a in axes], -1).flatten(1, 2)[:, :, None]
 
         return grid(self.cos), grid(self.sin)

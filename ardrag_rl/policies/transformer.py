@@ -188,9 +188,9 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
             level = torch.as_tensor(timestep, dtype=torch.float32, device=device)
             steps[:, num_clean:] = level.expand(batch, rows, num_noisy).flatten(1)
         temb, modulation = self._embed_time(steps)
-        position = torch.cat([torch.arange(num_clean), torch.arange(num_noisy).repeat(rows)])
+        position = [*range(num_clean), *rows * [*range(num_noisy)]]
         rotary = Rotary.of(self.rope, h, w)
-        turn = rotary.at(position + cache.position)
+        turn = rotary.at([cache.position + m for m in position])
 
         kept: list[tuple[Tensor, ...]] = []
         checkpoint = torch.is_grad_enabled() and self.gradient_checkpointing
