@@ -1,6 +1,6 @@
 """What an update of GRPO costs, as ratios measured in one run: ours beside the way peers do it, and Ray's own share.
 
-    python experiments/benchmark_update.py                                 MINUTES on two cores
+    python experiments/benchmark_update.py                                 about nine minutes on two cores
     python experiments/benchmark_update.py --only workers --repeats 9
 
 - update: rollouts and gradient of one update, against the same update as peers make it: videos one by one, the old

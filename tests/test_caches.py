@@ -289,10 +289,7 @@ def test_the_tokens_that_recent_frames_attend_to_stay(policy):
         keys, values = cache.view(layer)
         for row in range(BATCH):
             turned = [
-                [
-                    rotate(x[layer][row][None], rotary.at([m]))[0]
-                    for x in (e.queries, [k for k, _ in e.layers])
-                ]
+                [rotate(x[layer][row][None], rotary.at([m]))[0] for x in (e.queries, [k for k, _ in e.layers])]
                 for m, e in enumerate(entries)
             ]
             queries = torch.cat([turned[m][0] for m in (4, 5)])
