@@ -1,6 +1,8 @@
 """A whole pipeline with random weights, small enough for a CPU: what the tests run on."""
 
 import os
+import shutil
+import tempfile
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is downloaded in tests
@@ -13,6 +15,15 @@ import torch
 torch.set_num_threads(1)
 
 SIZE = 32  # px; latents are (4, 8, 8)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def ray_folder():
+    """Where Ray, of this process and of those it starts, keeps its files; a short path, for it holds sockets."""
+    folder = tempfile.mkdtemp(prefix="ray")
+    os.environ["RAY_TMPDIR"] = folder
+    yield
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.fixture(scope="session")
