@@ -12,13 +12,14 @@ from torch import Tensor
 
 from ardrag_rl import hub
 from ardrag_rl.codec import Codec, CodecSettings
+from ardrag_rl.codec.side_stream import SideStream
 from ardrag_rl.control import Control
 from ardrag_rl.envs.fit import fit
 from ardrag_rl.envs.tasks import image_task
 from ardrag_rl.flow import randn
 from ardrag_rl.policies import VideoPolicy
 from ardrag_rl.policies.chunks import Conditions
-from ardrag_rl.policies.generate import generate_latents
+from ardrag_rl.policies.generate import generate_chunks
 from ardrag_rl.policies.strategies import Strategy
 from ardrag_rl.rollout import Plan
 
@@ -101,9 +102,15 @@ def generate_controlled(
     """Videos (B, T, 3, H, W) float32 in [0, 1] on the CPU, of B controls of one size and length; a video depends on
     its own control and seed only. Control and video pass the codec frame by frame, as in `interactive`."""
     given, generators = conditions_of(codec, controls, seeds, policy.device)
-    latents = generate_latents(policy, plan, given, generators, cache)[:, :, -1]
-    decoder = codec.decoder()
-    return torch.cat([decoder.append(x) for x in latents.unbind(1)], 1).cpu()
+    decoder, aside = codec.decoder(), SideStream(codec.device)
+
+    def decode(latents: Tensor) -> Tensor:
+        return torch.cat([decoder.append(x) for x in latents.unbind(1)], 1)
+
+    chunks = generate_chunks(policy, plan, given, generators, cache)
+    pixels = [aside(decode, states[:, :, -1]) for states in chunks]  # a chunk while the next one is denoised
+    aside.join()
+    return torch.cat(pixels, 1).cpu()
 
 
 def conditions_of(

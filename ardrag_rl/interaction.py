@@ -147,7 +147,8 @@ class Interactive:
     def rewind(self, k: int = 1) -> None:
         """Takes back the last k frames: with the same points they come out the same.
 
-        One or two cost nothing; more cost a clean pass (and a decoding) of every frame that stays, at the next `frame`.
+        One or two cost nothing; more cost a clean pass (and a decoding) of every frame that stays, at the next `frame`;
+        so do all with a cache that does not fork, such as "static".
 
         Raises:
             ValueError: k is not in 1..len(self).
@@ -160,6 +161,8 @@ class Interactive:
         for kept in (self._caches, self._encoders, self._decoders):
             for j in [j for j in kept if j > i]:
                 del kept[j]
+        if not self._caches[0].forks:
+            self._caches = {0: self._caches[0]}
 
     @torch.no_grad()
     def switch(self, prompt: str) -> None:

@@ -45,7 +45,7 @@ def test_live_is_batch(policy, codec, kernel):
     assert torch.equal(drive(begin(policy, kernel=kernel)), batch(policy, codec, kernel=kernel))
 
 
-@pytest.mark.parametrize("cache", ["sink", {"name": "relative", "sink": 1}, "ema", "deep", "tether", "int8"])
+@pytest.mark.parametrize("cache", ["sink", {"name": "relative", "sink": 1}, "ema", "deep", "tether", "int8", "static"])
 def test_live_is_batch_with_any_cache(policy, codec, cache):
     video = drive(begin(policy, cache=cache))
     assert torch.equal(video, batch(policy, codec, cache=cache))
@@ -83,7 +83,7 @@ def test_a_codec_with_a_memory(policy, codec):
 
 
 @pytest.mark.parametrize("k", range(1, FRAMES + 1))
-@pytest.mark.parametrize("cache", ["rolling", "tether"])
+@pytest.mark.parametrize("cache", ["rolling", "tether", "static"])
 def test_a_rewind_with_the_same_points_gives_the_same_frames(policy, k, cache):
     live = begin(policy, kernel="renoise", cache=cache)
     video = drive(live)

@@ -25,7 +25,7 @@ from acting import (
 from diffusers import WanTransformer3DModel
 
 from ardrag_rl.flow import Kernel, Schedule
-from ardrag_rl.policies import CausalWanTransformer3DModel, VideoPolicy, transformer
+from ardrag_rl.policies import CausalWanTransformer3DModel, VideoPolicy, block
 from ardrag_rl.rollout import Plan
 
 
@@ -94,7 +94,7 @@ def test_one_chunk_is_the_bidirectional_forward(image):
 @pytest.mark.parametrize(("chunk", "window"), [(2, 2), (2, 3), (3, 3), (3, 7)])
 def test_chunks_are_the_dense_forward(chunk, window, tokens, monkeypatch):
     """Frames of a chunk see each other: in one pass over [clean | noisy], and step by step against a cache."""
-    monkeypatch.setattr(transformer, "CHUNK_TOKENS", tokens)
+    monkeypatch.setattr(block, "CHUNK_TOKENS", tokens)
     policy = small(chunk_size=chunk, window=window)
     given, model = conditions(), policy.transformer
     clean, context, _ = clean_pass(policy, given, conditions(seed=1)["noise"])
@@ -167,7 +167,7 @@ def test_chunks_do_not_change_the_numbers(policy, tokens, monkeypatch):
     rollout = act(policy, Plan.every("cps"), conditions())
     with torch.no_grad():
         want = policy(rollout).mean
-        monkeypatch.setattr(transformer, "CHUNK_TOKENS", tokens * 4)  # one frame at a time; unequal chunks; all at once
+        monkeypatch.setattr(block, "CHUNK_TOKENS", tokens * 4)  # one frame at a time; unequal chunks; all at once
         torch.testing.assert_close(policy(rollout).mean, want, **CLOSE)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, ClassVar, Protocol, Self
+from typing import Any, ClassVar, NamedTuple, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -13,6 +13,26 @@ from torch import Tensor
 from ardrag_rl.policies.rotary import Rotary
 
 LayerKV = tuple[Tensor, Tensor]  # keys, values: (B, P, n, heads, head_dim) of P frames with n tokens each
+
+
+class Room(NamedTuple):
+    """Keys and values of the history, in a buffer that has room in front of them for those of the chunk to come.
+
+    Attributes:
+        keys, values: (B, own + P, n, heads, head_dim).
+        own: frames of the largest chunk.
+    """
+
+    keys: Tensor
+    values: Tensor
+    own: int
+
+    def with_chunk(self, keys: Tensor, values: Tensor) -> LayerKV:
+        """What a chunk attends to, its own c frames written in: (B, c + P, n, heads, head_dim) each, not copied."""
+        first = self.own - keys.shape[1]
+        self.keys[:, first : self.own] = keys
+        self.values[:, first : self.own] = values
+        return self.keys[:, first:], self.values[:, first:]
 
 
 @dataclass(frozen=True)
@@ -45,7 +65,7 @@ class Band:
 
 
 class Cache(Protocol):
-    """A caching strategy. `append` gives a new cache and leaves the old one as it was.
+    """A caching strategy. `append` gives a new cache and leaves the old one as it was, where it `forks`.
 
     A strategy with a `band` is exact in one pass over many frames, so a replay equals the rollout and it can be trained
     with. Where `band` is None, what a frame sees depends on what the cache made of the frames before it: they have to
@@ -72,11 +92,16 @@ class Cache(Protocol):
         """Whether entries are to come without a position, and with their queries."""
         ...
 
+    @property
+    def forks(self) -> bool:
+        """Whether a cache stays of use after it was appended to."""
+        ...
+
     def append(self, entries: Sequence[FrameEntry]) -> Cache:
         """The cache after these frames, in order."""
         ...
 
-    def view(self, layer: int) -> LayerKV | None:
+    def view(self, layer: int) -> LayerKV | Room | None:
         """What the next frame attends to in a layer, oldest first; None while there is nothing."""
         ...
 
@@ -94,6 +119,7 @@ class RollingCache:
     """
 
     unrotated: ClassVar[bool] = False
+    forks: ClassVar[bool] = True
 
     window: int
     entries: tuple[Any, ...] = ()  # FrameEntry, or what a strategy makes of it

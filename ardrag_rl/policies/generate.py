@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from ardrag_rl.policies.policy import VideoPolicy
 
 
-@torch.no_grad()
 def generate_latents(
     policy: VideoPolicy,
     plan: Plan,
@@ -36,15 +35,26 @@ def generate_latents(
     Returns:
         (B, F, N+1, C, h, w), x[m,n]; the last along N is clean.
     """
+    return torch.cat(list(generate_chunks(policy, plan, given, generator, cache)), 1)
+
+
+@torch.no_grad()
+def generate_chunks(
+    policy: VideoPolicy,
+    plan: Plan,
+    given: Conditions,
+    generator: torch.Generator | Sequence[torch.Generator] | None = None,
+    cache: Strategy | None = None,
+) -> Iterator[Tensor]:
+    """As `generate_latents`, each chunk when it is made: (B, c, N+1, C, h, w)."""
     model, num_frames = policy.transformer, given.noise.shape[1]
     context, past = model.encode_context(given.text, given.image), model.new_cache(cache)
-    states = []
     for frames in chunk_slices(num_frames, model.config["chunk_size"]):
         chunk = Chunk(policy, given, context, past, frames)
-        states.append(denoise(chunk, plan, generator))
+        states = denoise(chunk, plan, generator)
+        yield states
         if frames.stop < num_frames:
-            past = past.append(chunk.entries(states[-1][:, :, -1]))
-    return torch.cat(states, 1)
+            past = past.append(chunk.entries(states[:, :, -1]))
 
 
 @torch.no_grad()

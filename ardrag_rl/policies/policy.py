@@ -10,7 +10,11 @@ from torch import Tensor, nn
 
 from ardrag_rl import hub
 from ardrag_rl.flow import GaussianStep, Schedule
+from ardrag_rl.policies.cache import RollingCache, SinkCache
+from ardrag_rl.policies.compiled import compile_blocks
+from ardrag_rl.policies.cuda_graphs import CudaGraphs
 from ardrag_rl.policies.session import Session
+from ardrag_rl.policies.static_cache import StaticCache
 from ardrag_rl.policies.strategies import Strategy
 from ardrag_rl.policies.transformer import CausalWanTransformer3DModel
 from ardrag_rl.policies.weights import check_keys
@@ -121,6 +125,35 @@ class VideoPolicy(nn.Module):
         model.load_state_dict(self.transformer.state_dict())
         return VideoPolicy(model, schedule or self.schedule, self.source).to(self.device)
 
+    def for_inference(self, compile: bool = False, cuda_graphs: bool | None = None) -> VideoPolicy:
+        """Makes generation fast: a static cache, written in place, and on a GPU one launch for a whole pass.
+
+        For one video (or batch) at a time: a second one that is begun takes the first one's cache, whose use then
+        raises. Not for training. Weights may change, their place and type not. `transformer.set_attention_backend`,
+        diffusers' own, chooses the attention kernel, and has to come first.
+
+        Args:
+            compile: also compile the blocks, in this process, in the first passes of every length of history; a minute.
+            cuda_graphs: None for where there is CUDA.
+
+        Returns:
+            itself.
+
+        Raises:
+            ValueError: the transformer's caching strategy is another one than "rolling" or "sink".
+        """
+        own = self.transformer.new_cache()
+        if type(own) not in (RollingCache, SinkCache, StaticCache):
+            raise ValueError(f"cache={self.transformer.config['cache']!r}: only 'rolling' and 'sink' can be static.")
+        graphs = self.device.type == "cuda" if cuda_graphs is None else cuda_graphs
+        if graphs and self.device.type != "cuda":
+            raise ValueError(f"cuda_graphs=True: the policy is on {str(self.device)!r}, move it to a GPU first.")
+        self.transformer.static_cache = StaticCache(self.transformer.config["window"], getattr(own, "sink", 0))
+        self.transformer.graphs = CudaGraphs() if graphs else None
+        if compile:
+            compile_blocks(static=True)
+        return self
+
     @property
     def device(self) -> torch.device:
         """Where the parameters are."""
@@ -147,7 +180,7 @@ class VideoPolicy(nn.Module):
         channels = int(self.transformer.config["in_channels"]) - 3 * self.latent_channels
         mask = latents.new_zeros(*latents.shape[:-3], channels, *latents.shape[-2:])
         if first == 0:
-            mask[..., 0, :, :, :] = 1
+            mask[..., 0, :, :, :].fill_(1)
         return torch.cat([latents, mask, reference, trajectory], -3)
 
     def forward(self, rollout: Rollout) -> GaussianStep:

@@ -53,12 +53,12 @@ class Rotary:
     def _grid(self, position: Sequence[int], height: int, width: int) -> Turn:
         if (last := max(position, default=0)) >= len(self.cos):
             raise ValueError(f"frame {last} is beyond rope_max_seq_len={len(self.cos)}.")
-        index = torch.tensor(position, dtype=torch.int64, device=self.cos.device)
 
         def grid(freqs: Tensor) -> Tensor:
             t, y, x = freqs.split(self.split, 1)
             shape = (len(position), height, width, -1)
-            axes = (t[index][:, None, None], y[:height][None, :, None], x[:width][None, None])
+            times = torch.stack([t[p] for p in position])  # no index tensor, which a GPU would have to wait for
+            axes = (times[:, None, None], y[:height][None, :, None], x[:width][None, None])
             return torch.cat([a.expand(shape) for a in axes], -1).flatten(1, 2)[:, :, None]
 
         return grid(self.cos), grid(self.sin)

@@ -10,6 +10,7 @@ from ardrag_rl.policies.cache import Cache, RollingCache, SinkCache
 from ardrag_rl.policies.deep_cache import DeepSinkCache
 from ardrag_rl.policies.quantised_cache import QuantisedCache
 from ardrag_rl.policies.relative_cache import EmaSinkCache, RelativeCache
+from ardrag_rl.policies.static_cache import StaticCache
 from ardrag_rl.policies.tether_cache import TetherCache
 
 Strategy = str | Mapping[str, Any] | Cache
@@ -17,6 +18,7 @@ Strategy = str | Mapping[str, Any] | Cache
 STRATEGIES: dict[str, Callable[..., Cache]] = {
     "rolling": RollingCache,
     "sink": SinkCache,
+    "static": StaticCache,
     "relative": RelativeCache,
     "ema": EmaSinkCache,
     "deep": DeepSinkCache.scaled,

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,24 +12,29 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
 from torch import Tensor
 
-from ardrag_rl.policies.cache import Band, Cache, FrameEntry, LayerKV
-from ardrag_rl.policies.rotary import Rotary, Turn, rotate
+from ardrag_rl.policies import block as blocks
+from ardrag_rl.policies.block import Layout, cross_kv
+from ardrag_rl.policies.cache import Band, Cache, FrameEntry, LayerKV, Room
+from ardrag_rl.policies.cuda_graphs import CudaGraphs
+from ardrag_rl.policies.rotary import Rotary, Turn
+from ardrag_rl.policies.static_cache import StaticCache
 from ardrag_rl.policies.strategies import Strategy, make_cache
 
-CHUNK_TOKENS = 64  # queries of consecutive chunks that share one attention call
 
-
-@dataclass(frozen=True)
-class Context:
+class Context(NamedTuple):
     """Cross-attention keys and values of the prompt (and image tokens), per layer, computed once per video.
 
     Attributes:
-        text: per layer (keys, values), each (B, heads, L, head_dim).
+        text: per layer (keys, values), each (B, L, heads, head_dim).
         image: the same for image tokens, where the model takes them.
     """
 
     text: tuple[LayerKV, ...]
     image: tuple[LayerKV, ...] | None = None
+
+
+# velocity of noisy frames, where there are any; per layer the clean frames' keys and values (and queries)
+_Outputs = tuple[list[Tensor], list[tuple[Tensor, ...]]]
 
 
 class CausalWanTransformer3DModel(WanTransformer3DModel):
@@ -51,6 +55,9 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
             adds the first frames. What others show a frame is their own matter.
         others: as in diffusers. `in_channels` = C latent + r mask + C reference + C trajectory channels.
     """
+
+    static_cache: StaticCache | None = None  # both by `VideoPolicy.for_inference`
+    graphs: CudaGraphs | None = None
 
     @register_to_config
     def __init__(
@@ -112,6 +119,8 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
 
     def new_cache(self, strategy: Strategy | None = None) -> Cache:
         """An empty cache of the model's window; None for the model's own strategy."""
+        if strategy is None and self.static_cache is not None:
+            return self.static_cache
         return make_cache(self.config["cache"] if strategy is None else strategy, self.config["window"])
 
     def encode_context(self, text: Tensor, image: Tensor | None = None) -> Context:
@@ -119,7 +128,7 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
         embedder = self.condition_embedder
         attentions: list[Any] = [block.attn2 for block in self.blocks]
         hidden = embedder.text_embedder(text.to(self.dtype))
-        texts = tuple(_cross_kv(a, a.to_k, a.to_v, a.norm_k, hidden) for a in attentions)
+        texts = tuple(cross_kv(a, a.to_k, a.to_v, a.norm_k, hidden) for a in attentions)
         if embedder.image_embedder is None:
             return Context(texts)
         if image is None:
@@ -128,7 +137,7 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
                 "environment gives them as 'image'."
             )
         tokens = embedder.image_embedder(image.to(self.dtype))
-        images = tuple(_cross_kv(a, a.add_k_proj, a.add_v_proj, a.norm_added_k, tokens) for a in attentions)
+        images = tuple(cross_kv(a, a.add_k_proj, a.add_v_proj, a.norm_added_k, tokens) for a in attentions)
         return Context(texts, images)
 
     def forward(  # type: ignore[override]
@@ -175,31 +184,35 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
                 "mask gives what it shows a frame. Training replays a rollout in one pass, and the ratio would not be "
                 "1: train with cache='rolling', 'sink' or 'relative' (without a sink)."
             )
+        if not cache.forks and num_clean + rows * num_noisy > chunk:
+            raise ValueError(
+                f"{num_clean} clean frames and {rows} x {num_noisy} noisy ones in one pass: {type(cache).__name__} has "
+                f"room for one chunk of {chunk} at a time."
+            )
         _, ph, pw = self.config["patch_size"]
-        h, w = streams[0].shape[-2] // ph, streams[0].shape[-1] // pw
+        rotary = Rotary.of(self.rope, streams[0].shape[-2] // ph, streams[0].shape[-1] // pw)
 
-        # All frames side by side, (B, Ft, n, D): the clean ones, then the rows of noisy ones.
-        frames = torch.cat([x.flatten(1, 2) for x in streams], 1).to(self.dtype)
-        x = self._embed_patches(frames)
-        band = cache.band or Band(sys.maxsize)  # one chunk sees all that the cache shows
-        layout = _Layout(num_clean, rows, num_noisy, chunk, band, cache.unrotated)
-        steps = torch.zeros(batch, x.shape[1], device=device)
+        # All frames side by side, (B, Ft, C_in, h, w): the clean ones, then the rows of noisy ones.
+        frames = torch.cat([x.flatten(1, 2) for x in streams], 1)
+        steps = torch.zeros(batch, frames.shape[1], device=device)
         if noisy is not None:
-            level = torch.as_tensor(timestep, dtype=torch.float32, device=device)
-            steps[:, num_clean:] = level.expand(batch, rows, num_noisy).flatten(1)
-        temb, modulation = self._embed_time(steps)
+            level = timestep if isinstance(timestep, Tensor) else torch.full((), timestep, device=device)
+            steps[:, num_clean:] = level.to(steps).expand(batch, rows, num_noisy).flatten(1)
         position = [*range(num_clean), *rows * [*range(num_noisy)]]
-        rotary = Rotary.of(self.rope, h, w)
         turn = rotary.at([cache.position + m for m in position])
+        band = cache.band or Band(sys.maxsize)  # one chunk sees all that the cache shows
+        layout = Layout(num_clean, rows, num_noisy, chunk, band, cache.unrotated)
+        if self.graphs is None or torch.is_grad_enabled() or not isinstance(cache, StaticCache):
+            output, kept = self._run(frames, steps, turn, context, layout, cache.view)
+        else:
+            past = [cache.view(i) for i in range(len(self.blocks))]
 
-        kept: list[tuple[Tensor, ...]] = []
-        checkpoint = torch.is_grad_enabled() and self.gradient_checkpointing
-        for i, block in enumerate(self.blocks):
-            image = context.image[i] if context.image is not None else None
-            args = (block, x, modulation, turn, layout, cache.view(i), context.text[i], image)
-            x, kvq = self._gradient_checkpointing_func(_run_block, *args) if checkpoint else _run_block(*args)
-            kept.append(kvq)
-        frame_entries = tuple(
+            def run(frames: Tensor, steps: Tensor, cos: Tensor, sin: Tensor, context: Context) -> _Outputs:
+                return self._run(frames, steps, (cos, sin), context, layout, past.__getitem__)
+
+            output, kept = self.graphs(run, (frames, steps, *turn), context, (layout, cache.key))
+            output = [x.clone() for x in output]  # entries live until the next pass: this cache copies them at once
+        return (output[0] if output else None), tuple(
             FrameEntry(
                 tuple((k[:, i], v[:, i]) for k, v, *_ in kept),
                 tuple(q[:, i] for _, _, *queries in kept for q in queries),
@@ -207,13 +220,39 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
             )
             for i in range(num_clean)
         )
-        if noisy is None:
-            return None, frame_entries
-        output = self._unembed(x[:, num_clean:], temb[:, num_clean:], h, w).unflatten(1, (rows, num_noisy))
+
+    def _run(
+        self,
+        frames: Tensor,
+        steps: Tensor,
+        turn: Turn,
+        context: Context,
+        layout: Layout,
+        view: Callable[[int], LayerKV | Room | None],
+    ) -> _Outputs:
+        """A pass without anything that waits for the host.
+
+        Args:
+            frames: (B, Ft, C_in, h, w); steps: (B, Ft), their timesteps; turn: their rotary positions.
+            view: what the cache shows to a layer.
+        """
+        x = self._embed_patches(frames.to(self.dtype))  # (B, Ft, n, D)
+        temb, modulation = self._embed_time(steps)
+        kept: list[tuple[Tensor, ...]] = []
+        checkpoint = torch.is_grad_enabled() and self.gradient_checkpointing
+        for i, block in enumerate(self.blocks):
+            image = context.image[i] if context.image is not None else None
+            args = (block, x, modulation, turn, layout, view(i), context.text[i], image)
+            run = blocks.run_block
+            x, kvq = self._gradient_checkpointing_func(run, *args) if checkpoint else run(*args)
+            kept.append(kvq)
+        if not layout.num_noisy:
+            return [], kept
+        noisy, level = (a[:, layout.num_clean :] for a in (frames, steps))
+        output = self._unembed(x[:, layout.num_clean :], temb[:, layout.num_clean :], *frames.shape[-2:])
         if self.config["prediction_type"] == "sample":
-            level = (steps[:, num_clean:] / 1000).view(batch, rows, num_noisy, 1, 1, 1)
-            output = (noisy[..., : output.shape[3], :, :].float() - output.float()) / level
-        return output, frame_entries
+            output = (noisy[:, :, : output.shape[2]].float() - output.float()) / (level / 1000)[..., None, None, None]
+        return [output.unflatten(1, (layout.rows, layout.num_noisy))], kept
 
     def _embed_patches(self, frames: Tensor) -> Tensor:
         """(B, Ft, C_in, h, w) -> (B, Ft, n, D). A patch convolution is a matrix product, and faster as one."""
@@ -231,130 +270,9 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
         return temb.unflatten(0, timestep.shape), projected.unflatten(0, timestep.shape).unflatten(-1, (6, -1))
 
     def _unembed(self, x: Tensor, temb: Tensor, h: int, w: int) -> Tensor:
-        """(B, Ft, n, D) -> (B, Ft, C, h ph, w pw)."""
+        """(B, Ft, n, D) -> (B, Ft, C, h, w)."""
         _, ph, pw = self.config["patch_size"]
         shift, scale = (self.scale_shift_table[:, None] + temb[:, :, None].float()).chunk(2, 2)  # (B, Ft, 1, D)
         out = self.proj_out((self.norm_out(x.float()) * (1 + scale) + shift).type_as(x))
-        out = out.unflatten(2, (h, w)).unflatten(-1, (ph, pw, -1))  # (B, Ft, h, w, ph, pw, C)
+        out = out.unflatten(2, (h // ph, w // pw)).unflatten(-1, (ph, pw, -1))  # (B, Ft, h', w', ph, pw, C)
         return out.permute(0, 1, 6, 2, 4, 3, 5).flatten(5).flatten(3, 4)
-
-
-@dataclass(frozen=True)
-class _Layout:
-    """How frames lie side by side: `num_clean` clean ones, then `rows` times `num_noisy` noisy ones; who sees whom; and
-    whether entries are to be unrotated."""
-
-    num_clean: int
-    rows: int
-    num_noisy: int
-    chunk: int
-    band: Band
-    unrotated: bool
-
-
-def _run_block(
-    block: Any,
-    x: Tensor,
-    modulation: Tensor,
-    turn: Turn,
-    layout: _Layout,
-    past: LayerKV | None,
-    text: LayerKV,
-    image: LayerKV | None,
-) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """One `WanTransformerBlock` on frames (B, Ft, n, D); also the clean frames' keys and values (and queries)."""
-    # (B, Ft, 1, D) each, constant over a frame's tokens
-    shift, scale, gate, shift_f, scale_f, gate_f = (block.scale_shift_table + modulation.float()).chunk(6, 2)
-    hidden = (block.norm1(x.float()) * (1 + scale) + shift).type_as(x)
-    attn = block.attn1
-    q, k, v = attn.norm_q(attn.to_q(hidden)), attn.norm_k(attn.to_k(hidden)), attn.to_v(hidden)
-    q, k, v = (a.unflatten(-1, (attn.heads, -1)) for a in (q, k, v))  # (B, Ft, n, H, d)
-    turned = rotate(q, turn), rotate(k, turn)
-    kept = (k, v, q) if layout.unrotated else (turned[1], v)
-    attended = _attend(*turned, v, past, layout)
-    x = (x.float() + attn.to_out[0](attended.flatten(-2)) * gate).type_as(x)
-
-    hidden = block.norm2(x.float()).type_as(x).flatten(1, 2)
-    x = x + _cross_attend(block.attn2, hidden, text, image).view_as(x)
-
-    hidden = (block.norm3(x.float()) * (1 + scale_f) + shift_f).type_as(x)
-    x = (x.float() + block.ffn(hidden).float() * gate_f).type_as(x)
-    return x, tuple(a[:, : layout.num_clean] for a in kept)
-
-
-def _attend(q: Tensor, k: Tensor, v: Tensor, past: LayerKV | None, layout: _Layout) -> Tensor:
-    """Each frame over the clean frames in its window and its chunk. (B, Ft, n, H, d) -> the same."""
-    num_clean, rows, num_noisy = layout.num_clean, layout.rows, layout.num_noisy
-    # split and unbind, never slices: the gradient of a slice is as large as what it was cut from
-    clean, noisy = zip(*(x.split([num_clean, rows * num_noisy], 1) for x in (q, k, v)), strict=True)
-    old_k, old_v = ((), ()) if past is None else (x.to(k.dtype).unbind(1) for x in past)
-    keys, values = [*old_k, *clean[1].unbind(1)], [*old_v, *clean[2].unbind(1)]  # (B, n, H, d) for each clean frame
-    attended = [
-        _attend_rows([x.unflatten(1, (count, -1)) for x in stream], keys, values, len(old_k), layout)
-        for stream, count in ((clean, 1), (noisy, rows))
-        if stream[0].shape[1]
-    ]
-    return torch.cat(attended, 1)
-
-
-def _attend_rows(
-    qkv: Sequence[Tensor], keys: Sequence[Tensor], values: Sequence[Tensor], first: int, layout: _Layout
-) -> Tensor:
-    """Rows of F frames, (B, R, F, n, H, d) each, over the clean frames before and their chunk. -> (B, R F, n, H, d).
-
-    Queries go in blocks of whole chunks against the clean keys that any of them sees: the cost is linear in the number
-    of frames. A block of one chunk needs no mask; small chunks go several at a time under a small banded one.
-    Frame 0 of a row comes after `first` clean ones and starts a chunk.
-    """
-    q, own_k, own_v = qkv
-    rows, num_frames, tokens = q.shape[1:4]
-    chunk, window = layout.chunk, layout.band.window
-    size = chunk * max(1, CHUNK_TOKENS // (tokens * chunk))
-    own_keys, own_values = own_k.unbind(2), own_v.unbind(2)  # (B, R, n, H, d) for each frame
-    attended = []
-    for a, part in zip(range(0, num_frames, size), q.split(size, 2), strict=True):
-        b = min(a + size, num_frames)
-        lo, hi = max(0, first + a - window), first + (b - 1) // chunk * chunk
-        sink = min(lo, layout.band.sink)  # of it, what the window does not begin with
-        mask = None
-        if b - a > chunk:
-            starts = torch.arange(a, b) // chunk * chunk  # of each frame's chunk
-            start, key = (first + starts)[:, None], torch.cat([torch.arange(sink), torch.arange(lo, hi)])
-            together = starts[:, None] == starts
-            before = (key < start) & ((key >= start - window) | (key < layout.band.sink))
-            mask = _mask(torch.cat([before, together], 1), tokens, part)
-        seen_k, seen_v = (
-            torch.stack(
-                [*(x[:, None].expand(-1, rows, -1, -1, -1) for x in (*clean[:sink], *clean[lo:hi])), *own[a:b]], 2
-            ).flatten(0, 1)
-            for clean, own in ((keys, own_keys), (values, own_values))
-        )  # (B R, frames, n, H, d)
-        attended.append(_sdpa(part.flatten(0, 1), seen_k, seen_v, mask).unflatten(0, (-1, rows)))
-    return torch.cat(attended, 2).flatten(1, 2)
-
-
-def _mask(seen: Tensor, tokens: int, like: Tensor) -> Tensor:
-    """Frames that see frames, (Fq, Fk) bool -> an additive mask over their tokens."""
-    bias = torch.zeros(seen.shape, dtype=like.dtype).masked_fill(~seen, float("-inf"))
-    return bias.repeat_interleave(tokens, 0).repeat_interleave(tokens, 1).to(like.device)
-
-
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """Frames of queries over frames of keys: (N, Fq, n, H, d), (N, Fk, n, H, d) -> (N, Fq, n, H, d)."""
-    queries, keys, values = (x.flatten(1, 2).transpose(1, 2) for x in (q, k, v))  # (N, H, tokens, d)
-    return F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask).transpose(1, 2).reshape(q.shape)
-
-
-def _cross_attend(attn: Any, hidden: Tensor, text: LayerKV, image: LayerKV | None) -> Tensor:
-    """(B, tokens, D) over the prompt's tokens, and over the image's where there are any."""
-    q = attn.norm_q(attn.to_q(hidden)).unflatten(-1, (attn.heads, -1)).transpose(1, 2)
-    out = F.scaled_dot_product_attention(q, *text)
-    if image is not None:
-        out = out + F.scaled_dot_product_attention(q, *image)
-    return attn.to_out[0](out.transpose(1, 2).flatten(2))
-
-
-def _cross_kv(attn: Any, to_k: Any, to_v: Any, norm: Any, tokens: Tensor) -> LayerKV:
-    k, v = norm(to_k(tokens)), to_v(tokens)
-    k, v = (a.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for a in (k, v))
-    return k, v
