@@ -7,7 +7,7 @@ import resource
 import sys
 import time
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -85,30 +85,16 @@ def estimate(
     groups = args.groups_per_generation
     videos, together = groups * args.num_generations, args.groups_per_batch * args.num_generations
     micro, fake = args.per_device_train_batch_size, copy.deepcopy(policy)
-    with FakeTensorMode(), torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-        _drop_data(fake)
-        given = _conditions(together, num_frames, latent_shape, text_shape)
-        with _counter() as acted:
-            generate_latents(fake, plan, given)
-        entry = fake.transformer(fake.transformer.encode_context(given.text), _inputs(fake, given))[1][0]
-        rollout = _rollout(plan, policy.schedule, _conditions(micro, num_frames, latent_shape, text_shape))
-        kept: dict[int, int] = {}
-        own = {p.untyped_storage()._cdata for p in fake.parameters()}
-
-        def keep(x: Tensor) -> Tensor:
-            storage = x.untyped_storage()
-            if storage._cdata not in own:
-                kept[storage._cdata] = storage.nbytes()
-            alive.append(x)  # an address is not given out twice
-            return x
-
-        alive: list[Tensor] = []
-        with _counter() as learned, torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-            fake(rollout)
-    activations = sum(kept.values())
+    layers, costs = len(policy.transformer.blocks), []
+    for depth in (2, 1):  # all layers cost the same, and hundreds of passes through thirty of them take minutes
+        fake.transformer.blocks = fake.transformer.blocks[:depth]
+        with FakeTensorMode(), torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            _drop_data(fake)
+            given, part = (_conditions(n, num_frames, latent_shape, text_shape) for n in (together, micro))
+            costs.append(_cost(fake, plan, given, _rollout(plan, policy.schedule, part)))
+    acted, learned, activations, entry = (one + (layers - 1) * (two - one) for two, one in zip(*costs, strict=True))
     passes = 2 if args.use_peft else 3  # forward; gradients of what flows through, and of weights that learn
     if args.activation_checkpointing or args.gradient_checkpointing or policy.transformer.is_gradient_checkpointing:
-        layers = len(policy.transformer.blocks)
         tokens = (num_frames - 1 + num_frames * len(plan.scored)) * latent_shape[1] * latent_shape[2]
         patch = policy.transformer.config["patch_size"]
         width = policy.transformer.config["num_attention_heads"] * policy.transformer.config["attention_head_dim"]
@@ -121,9 +107,9 @@ def estimate(
     reference = weights if args.beta and not args.use_peft else 0
     window = min(policy.transformer.config["window"], num_frames - 1)
     rate = matmul_rate(args.device, dtype)
-    rollout_flops = acted.get_total_flops() * videos / together
+    rollout_flops = acted * videos / together
     passes = passes * args.num_iterations + (args.beta > 0)
-    learner_flops = learned.get_total_flops() * passes * videos / micro
+    learner_flops = learned * passes * videos / micro
     return Estimate(
         groups=groups,
         videos=videos,
@@ -137,8 +123,41 @@ def estimate(
         learner_seconds=learner_flops / rate,
         model_bytes=weights + reference + 12 * trainable,
         activation_bytes=activations,
-        rollout_bytes=window * sum(k.nbytes + v.nbytes for k, v in entry.layers),
+        rollout_bytes=window * entry,
     )
+
+
+class _Cost(NamedTuple):
+    """FLOP of acting in all videos of a batch and of a forward pass over a micro-batch, bytes that this keeps for its
+    backward pass, and bytes of a frame's cache entry."""
+
+    acted: int
+    learned: int
+    activations: int
+    entry: int
+
+
+def _cost(policy: VideoPolicy, plan: Plan, given: Conditions, rollout: Rollout) -> _Cost:
+    """Of a policy without data, in a FakeTensorMode."""
+    model = policy.transformer
+    with _counter() as acted:
+        generate_latents(policy, plan, given)
+    entry = model(model.encode_context(given.text), _inputs(policy, given))[1][0]
+    kept: dict[int, int] = {}
+    alive: list[Tensor] = []
+    own = {p.untyped_storage()._cdata for p in policy.parameters()}
+
+    def keep(x: Tensor) -> Tensor:
+        storage = x.untyped_storage()
+        if storage._cdata not in own:
+            kept[storage._cdata] = storage.nbytes()
+        alive.append(x)  # an address is not given out twice
+        return x
+
+    with _counter() as learned, torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        policy(rollout)
+    size = sum(k.nbytes + v.nbytes for k, v in entry.layers)
+    return _Cost(acted.get_total_flops(), learned.get_total_flops(), sum(kept.values()), size)
 
 
 def _counter() -> FlopCounterMode:
