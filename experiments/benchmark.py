@@ -2,6 +2,7 @@
 
     python experiments/benchmark.py                                 about two minutes on two cores
     python experiments/benchmark.py --pipeline path/to/pipeline --only replay --repeats 9
+    python experiments/benchmark.py --gpu true                      a real model's size instead: see benchmark_gpu.py
 
 - cache: a video denoised with the KV cache, against recomputing all earlier frames at every step.
 - replay: forward and backward through every scored transition of a rollout in one block-causal pass, against going
@@ -25,7 +26,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from measuring import MeasureArguments, Measured, Share, measure, profile, ratio, run
+from benchmark_gpu import PARTS as GPU_PARTS
+from benchmark_gpu import GpuArguments, GpuBench
+from measuring import Measured, Share, measure, profile, ratio, run
 from trl import TrlParser
 
 from ardrag_rl.envs import ARDragEnv, ARDragVectorEnv
@@ -42,7 +45,7 @@ PARTS = ("cache", "replay", "group", "outside", "growth")
 
 
 @dataclass
-class BenchmarkArguments(MeasureArguments):
+class BenchmarkArguments(GpuArguments):
     """What is measured."""
 
     num_frames: int | None = field(default=None, metadata={"help": "Latent frames; unset: the task source's."})
@@ -58,6 +61,7 @@ class Bench:
     def __init__(self, args: BenchmarkArguments) -> None:
         self.args = args
         self.policy = VideoPolicy.from_pretrained(args.pipeline, args.device)
+        self.where = str(self.policy.device)
         self.group_envs = self._envs(args.group)
         self._group_rollout = collect(self.group_envs, self.policy, PLAN, 0, tasks=[0])
 
@@ -240,7 +244,10 @@ def without_cache(policy: VideoPolicy, plan: Plan, given: Conditions) -> torch.T
 def main() -> None:
     """Measure, write, print."""
     (args,) = TrlParser((BenchmarkArguments,)).parse_args_and_config()  # type: ignore[arg-type]
-    run(Bench, args, PARTS, "benchmark")
+    if args.gpu:
+        run(GpuBench, args, GPU_PARTS, "benchmark_gpu")
+    else:
+        run(Bench, args, PARTS, "benchmark")
 
 
 if __name__ == "__main__":

@@ -54,6 +54,7 @@ class Bench:
 
     def __init__(self, args: UpdateArguments) -> None:
         self.args, self.policy = args, VideoPolicy.from_pretrained(args.pipeline)
+        self.where = str(self.policy.device)
         self.env = EnvSpec(args.pipeline, args.tasks, None, args.num_frames, None, None)
 
     def update(self) -> list[Measured]:

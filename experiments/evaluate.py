@@ -134,6 +134,7 @@ class Evaluator:
         if folder.is_dir() and not (folder / "model_index.json").is_file():
             return self._measure(source, self._files(folder), stamp(folder))
         key = [stamp(hub.pipeline_path(source)), self.args.kernel, self.args.seed, self.args.latency_repeats]
+        key += [f.name for f in fields(Latency)]
         return self._measure(source, None, key)
 
     def _measure(

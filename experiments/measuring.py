@@ -86,8 +86,25 @@ class Share:
         return 1 - sum(self.parts[name] for name in self.inside)
 
 
+@dataclass(frozen=True)
+class Table:
+    """Figures that are neither: what stands in each cell, in words.
+
+    Attributes:
+        title: what was measured, and on what.
+        columns: their names; rows: a cell for each.
+    """
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+
 def run(bench: Callable[[Any], Any], args: Any, parts: Sequence[str], name: str) -> None:
-    """Measures the parts that `args` asks for, all by default, by the methods of their names; writes, prints."""
+    """Measures the parts that `args` asks for, all by default, by the methods of their names; writes, prints.
+
+    A bench has the `policy` that is measured, and says `where`.
+    """
     unknown = [part for part in args.only if part not in parts]
     if unknown or args.repeats < 1:
         raise SystemExit(
@@ -96,22 +113,23 @@ def run(bench: Callable[[Any], Any], args: Any, parts: Sequence[str], name: str)
     torch.set_num_threads(args.threads)
     made = bench(args)
     results = [result for part in args.only or parts for result in getattr(made, part)()]
-    write_results(Path(args.output_dir), name, results, made.policy, args)
+    write_results(Path(args.output_dir), name, results, made, args)
 
 
-def write_results(folder: Path, name: str, results: list[Measured | Share], policy: VideoPolicy, args: Any) -> None:
+def write_results(folder: Path, name: str, results: list[Measured | Share | Table], made: Any, args: Any) -> None:
     """Writes name.md and name.json, and prints the first."""
     facts = {
-        "machine": f"{platform.processor() or platform.machine()}, {args.threads} threads, {policy.device}",
+        "machine": f"{platform.processor() or platform.machine()}, {args.threads} threads, {made.where}",
         "torch": torch.__version__,
-        "parameters": sum(p.numel() for p in policy.parameters()),
+        "parameters": sum(p.numel() for p in made.policy.parameters()),
         "arguments": vars(args),
     }
-    ratios, shares = ([r for r in results if isinstance(r, kind)] for kind in (Measured, Share))
-    text = format_markdown(ratios, shares, facts)
+    ratios, shares, tables = ([r for r in results if isinstance(r, kind)] for kind in (Measured, Share, Table))
+    text = format_markdown(ratios, shares, tables, facts)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{name}.md").write_text(text)
     measured = {"ratios": [asdict(r) for r in ratios], "shares": [asdict(s) for s in shares]}
+    measured |= {"tables": [asdict(t) for t in tables]}
     write_json(folder / f"{name}.json", measured | {"facts": facts})
     print(f"\n{text}\n{folder}/: {name}.json, {name}.md")
 
@@ -198,8 +216,8 @@ def ratio(what: str, slow: np.ndarray, fast: np.ndarray, target: str) -> Measure
     return Measured(what, seconds[0] / seconds[1], float(low), float(high), seconds, target)
 
 
-def format_markdown(ratios: list[Measured], shares: list[Share], facts: dict[str, Any]) -> str:
-    """A table of ratios, and one for each share."""
+def format_markdown(ratios: list[Measured], shares: list[Share], tables: list[Table], facts: dict[str, Any]) -> str:
+    """A table of ratios, one for each share, and the others."""
     lines = [f"{facts['machine']}, torch {facts['torch']}, {facts['parameters'] / 1e6:.1f} M parameters", ""]
     if ratios:
         lines += ["| slow / fast | ratio | quartiles | seconds | promised |", "|---|---|---|---|---|"]
@@ -212,4 +230,11 @@ def format_markdown(ratios: list[Measured], shares: list[Share], facts: dict[str
         lines += ["", "| part | share |", "|---|---|"]
         ordered = sorted(s.parts.items(), key=lambda item: -item[1])
         lines += [f"| {name} | {part:.1%} |" for name, part in ordered]
+    for t in tables:
+        lines += [
+            "",
+            t.title,
+            "",
+            *(f"| {' | '.join(row)} |" for row in (t.columns, ["---"] * len(t.columns), *t.rows)),
+        ]
     return "\n".join(lines) + "\n"

@@ -15,6 +15,7 @@ from ardrag_rl.generation import conditions_of, generate_controlled
 from ardrag_rl.policies import VideoPolicy
 from ardrag_rl.policies.generate import generate_latents
 from ardrag_rl.rollout import Plan
+from ardrag_rl.training.estimate import peak_memory
 
 
 @dataclass(frozen=True)
@@ -25,12 +26,15 @@ class Latency:
         first_frame: seconds from image, prompt and drag path to the pixels of the first frame; a model that denoises
             several frames together gives none before all of them.
         fps: pixel frames per second of a whole video, with encoding and decoding.
-        transformer_fps: the same of the transformer alone.
+        transformer_first, transformer_fps: the same of the transformer alone.
+        peak_memory: GiB; on a GPU while this was measured, on a CPU of the process so far.
     """
 
     first_frame: float
     fps: float
+    transformer_first: float
     transformer_fps: float
+    peak_memory: float
 
 
 def measure_latency(policy: VideoPolicy, codec: Codec, control: Control, repeats: int = 5) -> Latency:
@@ -47,19 +51,25 @@ def measure_latency(policy: VideoPolicy, codec: Codec, control: Control, repeats
     assert control.visible is not None
     frames = slice(0, codec.pixel_frames(chunk))
     begin = replace(control, points=control.points[frames], visible=control.visible[frames])
+    if policy.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(policy.device)
     given, generators = conditions_of(codec, [control], [0], policy.device)
-    first, total, alone = (
-        _median(call, policy.device, repeats)
+    start = replace(given, **{k: getattr(given, k)[:, :chunk] for k in ("noise", "trajectory", "reference")})
+    first, total, first_alone, alone = (
+        median_seconds(call, policy.device, repeats)
         for call in (
             lambda: generate_controlled(policy, codec, [begin], [0], plan),
             lambda: generate_controlled(policy, codec, [control], [0], plan),
+            lambda: generate_latents(policy, plan, start, generators),
             lambda: generate_latents(policy, plan, given, generators),
         )
     )
-    return Latency(first, control.num_frames / total, control.num_frames / alone)
+    peak = peak_memory(policy.device)
+    return Latency(first, control.num_frames / total, first_alone, control.num_frames / alone, peak)
 
 
-def _median(call: Callable[[], object], device: torch.device, repeats: int) -> float:
+def median_seconds(call: Callable[[], object], device: torch.device, repeats: int) -> float:
+    """Of that many calls, after one that is not counted; on a GPU until all that they asked for is done."""
     seconds = []
     for _ in range(repeats + 1):
         start = time.perf_counter()

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from ardrag_rl.flow import Schedule
@@ -85,21 +86,20 @@ def estimate(
     groups = args.groups_per_generation
     videos, together = groups * args.num_generations, args.groups_per_batch * args.num_generations
     micro, fake = args.per_device_train_batch_size, copy.deepcopy(policy)
+    saving = args.activation_checkpointing or args.gradient_checkpointing or fake.transformer.is_gradient_checkpointing
     layers, costs = len(policy.transformer.blocks), []
     for depth in (2, 1):  # all layers cost the same, and hundreds of passes through thirty of them take minutes
         fake.transformer.blocks = fake.transformer.blocks[:depth]
         with FakeTensorMode(), torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
             _drop_data(fake)
             given, part = (_conditions(n, num_frames, latent_shape, text_shape) for n in (together, micro))
-            costs.append(_cost(fake, plan, given, _rollout(plan, policy.schedule, part)))
-    acted, learned, activations, entry = (one + (layers - 1) * (two - one) for two, one in zip(*costs, strict=True))
+            costs.append(_cost(fake, plan, given, rollout_of(plan, policy.schedule, part)))
+    two, one = costs
+    acted, learned, activations, outside, _, entry = (a + (layers - 1) * (b - a) for a, b in zip(one, two, strict=True))
     passes = 2 if args.use_peft else 3  # forward; gradients of what flows through, and of weights that learn
-    if args.activation_checkpointing or args.gradient_checkpointing or policy.transformer.is_gradient_checkpointing:
-        tokens = (num_frames - 1 + num_frames * len(plan.scored)) * latent_shape[1] * latent_shape[2]
-        patch = policy.transformer.config["patch_size"]
-        width = policy.transformer.config["num_attention_heads"] * policy.transformer.config["attention_head_dim"]
-        inputs = layers * micro * tokens // (patch[1] * patch[2]) * width * dtype.itemsize
-        activations, passes = inputs + activations // layers, passes + 1
+    if saving:  # what is outside of blocks, their inputs, and one block that is computed again
+        block = two.activations - two.outside - (one.activations - one.outside)
+        activations, passes = outside + layers * one.input + block, passes + 1
     parameters = list(policy.parameters())
     size = sum(p.numel() for p in parameters)
     trainable = sum(p.numel() for p in parameters if p.requires_grad)
@@ -128,12 +128,14 @@ def estimate(
 
 
 class _Cost(NamedTuple):
-    """FLOP of acting in all videos of a batch and of a forward pass over a micro-batch, bytes that this keeps for its
-    backward pass, and bytes of a frame's cache entry."""
+    """FLOP of acting in all videos of a batch and of a forward pass over a micro-batch; bytes that this keeps for its
+    backward pass, of that outside of blocks, and of a block's input; and bytes of a frame's cache entry."""
 
     acted: int
     learned: int
     activations: int
+    outside: int
+    input: int
     entry: int
 
 
@@ -143,21 +145,38 @@ def _cost(policy: VideoPolicy, plan: Plan, given: Conditions, rollout: Rollout) 
     with _counter() as acted:
         generate_latents(policy, plan, given)
     entry = model(model.encode_context(given.text), _inputs(policy, given))[1][0]
-    kept: dict[int, int] = {}
-    alive: list[Tensor] = []
     own = {p.untyped_storage()._cdata for p in policy.parameters()}
 
-    def keep(x: Tensor) -> Tensor:
-        storage = x.untyped_storage()
-        if storage._cdata not in own:
-            kept[storage._cdata] = storage.nbytes()
-        alive.append(x)  # an address is not given out twice
-        return x
+    def forward() -> int:
+        """Bytes that are kept."""
+        kept: dict[int, int] = {}
+        alive: list[Tensor] = []
 
-    with _counter() as learned, torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-        policy(rollout)
+        def keep(x: Tensor) -> Tensor:
+            storage = x.untyped_storage()
+            if storage._cdata not in own:
+                kept[storage._cdata] = storage.nbytes()
+            alive.append(x)  # an address is not given out twice
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            policy(rollout)
+        return sum(kept.values())
+
+    inputs: list[int] = []
+
+    def skipped(run: Any, *args: Any) -> Any:
+        inputs.append(args[1].nbytes)  # the first is the block
+        return checkpoint(run, *args, use_reentrant=False)
+
+    model.disable_gradient_checkpointing()
+    with _counter() as learned:
+        activations = forward()
+    model.enable_gradient_checkpointing(skipped)
+    outside = forward()
+    model.disable_gradient_checkpointing()
     size = sum(k.nbytes + v.nbytes for k, v in entry.layers)
-    return _Cost(acted.get_total_flops(), learned.get_total_flops(), sum(kept.values()), size)
+    return _Cost(acted.get_total_flops(), learned.get_total_flops(), activations, outside, inputs[0], size)
 
 
 def _counter() -> FlopCounterMode:
@@ -215,7 +234,8 @@ def _inputs(policy: VideoPolicy, given: Conditions) -> Tensor:
     return policy.frame_inputs(given.noise, given.reference, given.trajectory)[:, :1]
 
 
-def _rollout(plan: Plan, schedule: Schedule, given: Conditions) -> Rollout:
+def rollout_of(plan: Plan, schedule: Schedule, given: Conditions) -> Rollout:
+    """One whose numbers mean nothing, for measuring."""
     batch, frames = given.noise.shape[:2]
     per_frame = torch.zeros(batch, frames)
     return Rollout(
