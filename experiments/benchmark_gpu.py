@@ -115,7 +115,7 @@ class GpuBench:
             # again, since memory that is given back at once takes time
             with mock.patch.dict(os.environ, GIVE_BACK):
                 acting, learning = (apart(part, settings, self.device, self.dtype)[1] for part in parts)
-            weights = said.parameters * self.dtype.itemsize / GIB
+            weights = 4 * said.parameters / GIB  # float32, computed with in `dtype`
             learner = (said.model_bytes + said.activation_bytes) / GIB
             micro = config.per_device_train_batch_size
             cells = acted, learned * self.group / micro, acting, weights + said.rollout_bytes / GIB, learning, learner
