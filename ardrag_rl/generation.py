@@ -119,8 +119,10 @@ def conditions_of(
     """What B videos are generated from, and for each the generator of what its kernels draw."""
     num_frames = codec.latent_frames(controls[0].num_frames)
     images, prompts = torch.stack([c.image for c in controls]), [c.prompt for c in controls]
+    height, width = images.shape[-2:]
+    trajectory = codec.encode_heat_maps(controls, height, width, streaming=True)
     given, generators = uncontrolled(codec, images, prompts, num_frames, seeds, device)
-    return replace(given, trajectory=encode_controls(codec, controls)), generators
+    return replace(given, trajectory=trajectory), generators
 
 
 def uncontrolled(
@@ -139,13 +141,3 @@ def uncontrolled(
     noise, reference = noise.to(device), reference.to(device)
     text, tokens = codec.encode_text(prompts), codec.encode_images(images)
     return Conditions(noise, torch.zeros_like(noise), reference, text, tokens), generators
-
-
-def encode_controls(codec: Codec, controls: Sequence[Control]) -> Tensor:
-    """Eq. 6 frame by frame, (B, F, C, h, w): the numbers are those of a control that is given as it is drawn."""
-    encoder, height, width = codec.encoder(), *controls[0].image.shape[-2:]
-    maps = torch.stack([c.heat_maps(height, width) for c in controls]) / 2 + 0.5  # (B, T, 3, H, W)
-    later = codec.latent_frames(maps.shape[1]) - 1
-    z = torch.stack([encoder.append(part) for part in maps.split([1] + later * [codec.temporal_stride], 1)], 1)
-    empty = torch.tensor([c.points.shape[1] == 0 for c in controls], device=z.device)
-    return torch.where(empty[:, None, None, None, None], 0.0, z)

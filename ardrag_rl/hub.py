@@ -6,8 +6,13 @@ The layout is `model_index.json` beside `transformer/`, `vae/`, `text_encoder/`,
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from zipfile import is_zipfile
+
+import torch
+from torch import Tensor
 
 from ardrag_rl.flow import Schedule
 
@@ -119,6 +124,41 @@ def local_file(file: str | Path) -> Path:
     if not Path(file).is_file():
         raise FileNotFoundError(f"{file} does not exist: give a local file.")
     return Path(file)
+
+
+def read_weights(file: str | Path, entries: Sequence[str] = (), bare: bool = True) -> dict[str, Tensor]:
+    """Tensors by name from a file that the user brings, read as data only.
+
+    Args:
+        file: .safetensors, or what `torch.save` wrote.
+        entries: of the latter, below which names the weights may be; the first that is there counts.
+        bare: whether they may lie at the top as well.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it holds something else.
+    """
+    path = local_file(file)
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        # mapped where the format allows it, so that only what is used is read
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipfile(path))
+    except Exception as error:  # torch, its unpickler and safetensors have many
+        raise ValueError(
+            f"{str(file)!r} could not be read as a file of nothing but weights ({type(error).__name__}): expected "
+            ".safetensors, or a state dict by torch.save; nothing else that a pickle or torchscript may hold is read."
+        ) from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{str(file)!r} holds a {type(content).__name__}: expected a dict of weights.")
+    entry = next((e for e in entries if isinstance(content.get(e), dict)), None)
+    weights = content[entry] if entry is not None else content if bare else {}
+    if not weights or not all(isinstance(value, Tensor) for value in weights.values()):
+        wanted = " or ".join([*entries, *(["tensors by name"] if bare else [])])
+        raise ValueError(f"{str(file)!r} has the entries {sorted(map(str, content))}: expected {wanted}.")
+    return weights
 
 
 def save_index(path: Path, height: int, width: int) -> None:

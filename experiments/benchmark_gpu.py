@@ -26,7 +26,7 @@ from unittest import mock
 
 import torch
 from measuring import MeasureArguments, Table
-from self_forcing import as_policy, is_checkout, random_pipeline, self_forcing
+from self_forcing import STEPS, as_policy, is_checkout, random_pipeline, self_forcing
 
 from ardrag_rl import hub
 from ardrag_rl.codec import Codec
@@ -100,7 +100,8 @@ class GpuBench:
                     shown = [f"{x:.3g}" if x == x else "" for x in (*cells, latency.peak_memory)]
                     rows.append((str(chunk), name, *shown))
                     print("  ".join((f"{height}x{width}", *rows[-1])), flush=True)
-            title = f"One video of {height}x{width}, {self._about()}"
+            steps = len(STEPS) if is_checkout(self.args.self_forcing) else self.policy.schedule.num_steps
+            title = f"One video of {height}x{width}, {steps} steps, {self._about()}"
             columns = ("chunk", "", "first frame alone, s", "frames/s alone", "first frame, s", "frames/s", "peak, GiB")
             yield Table(title, columns, tuple(rows))
 

@@ -22,6 +22,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -43,12 +44,13 @@ from ardrag_rl.envs.tasks import make_tasks
 from ardrag_rl.flow import Kernel, Schedule
 from ardrag_rl.policies import VideoPolicy
 from ardrag_rl.policies.compiled import compile_blocks
+from ardrag_rl.training.config import CODEC_HELP, json_object
 from ardrag_rl.training.lora import add_lora, merged
 from ardrag_rl.training.sharded import gathered
 
 SAMPLERS = (Kernel("ode"), Kernel("cps", 0.6), Kernel("renoise"))  # what a start with own history meets
 STAGES = ("teacher", "start", "student")
-COMMON = ("init", "tasks", "sizes", "clips", "num_frames", "ema", "lora_rank")
+COMMON = ("init", "tasks", "sizes", "clips", "num_frames", "ema", "lora_rank", "codec_settings")
 OF_STAGE = {  # what the settings that a stage depends on begin with
     "teacher": (*COMMON, "teacher_", "muon", "text_dropout", "control_dropout"),
     "start": (*COMMON, "start_", "teacher", "muon", "text_dropout", "chunk_size", "window"),
@@ -85,6 +87,7 @@ class DistillArguments:
     lora_rank: int = field(default=0, metadata={"help": "Train adapters of this rank; 0: all weights."})
     muon: bool = field(default=False, metadata={"help": "Muon for flow matching, in place of AdamW."})
     compile: bool = field(default=False, metadata={"help": "torch.compile the transformer's blocks."})
+    codec_settings: dict[str, Any] | str | None = field(default=None, metadata=CODEC_HELP)
 
     teacher_updates: int = field(default=4000, metadata={"help": "Updates of the teacher."})
     teacher_batch: int = field(default=8, metadata={"help": "Clips per device and update."})
@@ -121,6 +124,7 @@ class DistillArguments:
     shift: float = field(default=1.0, metadata={"help": "Of the noise levels in DMD."})
 
     def __post_init__(self) -> None:
+        self.codec_settings = json_object(self.codec_settings, "codec_settings", '{"slicing": true}')
         for name in ("tasks", "sizes", "stages"):  # a YAML file may give one as it is
             if isinstance(getattr(self, name), str):
                 setattr(self, name, [getattr(self, name)])
@@ -136,8 +140,6 @@ class Run:
         if training.n_gpu > 1:
             raise SystemExit(f"{training.n_gpu} GPUs and one process: start it with accelerate launch.")
         self.init = hub.pipeline_path(args.init)
-        if hub.read_json(self.init / "transformer" / "config.json").get("image_dim"):
-            raise SystemExit(f"--init {args.init}: it takes image tokens, which distillation does not make.")
         texts = args.sizes or ["{1}x{0}".format(*hub.pipeline_size(self.init))] * len(args.tasks)
         if len(texts) != len(args.tasks):
             raise SystemExit(f"--sizes {' '.join(texts)}: expected one for each of {len(args.tasks)} --tasks.")
@@ -193,9 +195,7 @@ class Run:
         start = VideoPolicy.from_pretrained(self.made(args.start), self.training.device)
         student = self._trainable(start.with_chunks(args.chunk_size, window=args.window), args.lora_rank)
         critic = self._trainable(VideoPolicy.from_pretrained(self.made(args.teacher)))
-        negative = (
-            Codec.from_pretrained(self.init).encode_text([args.negative_prompt]) if args.negative_prompt else None
-        )
+        negative = self._codec().encode_text([args.negative_prompt]) if args.negative_prompt else None
         names = DistillSettings.__dataclass_fields__.keys() & vars(args).keys()
         model = Distillation(
             student,
@@ -247,10 +247,13 @@ class Run:
             policy.transformer.enable_gradient_checkpointing()
         return policy
 
+    def _codec(self) -> Codec:
+        return Codec.from_pretrained(self.init, self.training.device, self.args.codec_settings)
+
     def _data(self) -> Dataset:
         args = self.args
         with PartialState().main_process_first():
-            codec = Codec.from_pretrained(self.init, self.training.device)
+            codec = self._codec()
             buckets = []
             for i, (tasks, size) in enumerate(zip(args.tasks, self.sizes, strict=True)):
                 source = make_tasks(tasks, codec.pixel_frames(args.num_frames), *size)

@@ -21,6 +21,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -49,6 +50,7 @@ from ardrag_rl.metrics import (
 from ardrag_rl.policies import VideoPolicy
 from ardrag_rl.rewards import Aesthetic, CoTracker, Motion
 from ardrag_rl.rollout import Plan
+from ardrag_rl.training.config import CODEC_HELP, json_object
 from ardrag_rl.training.report import Interval
 
 DATA = "data"  # the method whose videos are the true ones
@@ -85,12 +87,16 @@ class EvaluateArguments:
     tower_weights: str | None = field(default=None, metadata={"help": "The tower's file."})
     head: str | None = field(default=None, metadata={"help": "LAION's head."})
     cotracker: str | None = field(default=None, metadata={"help": "CoTracker3's weights, for motion."})
+    codec_settings: dict[str, Any] | str | None = field(default=None, metadata=CODEC_HELP)
     resamples: int = field(default=200, metadata={"help": "Of the bootstrap."})
     latency_repeats: int = field(default=5, metadata={"help": "Of the latency; 0: not measured."})
     shown: int = field(default=5, metadata={"help": "Tasks shown in videos.gif."})
     write_videos: bool = field(default=False, metadata={"help": "Write every video below output_dir."})
     device: str = field(default="cpu", metadata={"help": "Where pipelines run."})
     output_dir: str = field(default="runs/evaluate", metadata={"help": "Folder of the results."})
+
+    def __post_init__(self) -> None:
+        self.codec_settings = json_object(self.codec_settings, "codec_settings", '{"slicing": true}')
 
 
 @dataclass(frozen=True)
@@ -107,7 +113,7 @@ class Evaluator:
 
     def __init__(self, args: EvaluateArguments) -> None:
         self.args, self.folder = args, Path(args.output_dir)
-        self.codec = Codec.from_pretrained(args.codec, args.device)
+        self.codec = Codec.from_pretrained(args.codec, args.device, args.codec_settings)
         self.size = hub.pipeline_size(hub.pipeline_path(args.codec), args.height, args.width)
         self.num_pixel_frames = self.codec.pixel_frames(args.num_frames)
         self.source = make_tasks(args.tasks, self.num_pixel_frames, *self.size)
@@ -147,6 +153,7 @@ class Evaluator:
             "frames": self.num_pixel_frames,
             "size": self.size,
             "scorers": self.scorers,
+            "codec_settings": self.args.codec_settings,
             "shown": self.args.shown,
             "written": self.args.write_videos,
             "own": own,
@@ -161,7 +168,7 @@ class Evaluator:
         latency = None
         if videos is None:
             policy = VideoPolicy.from_pretrained(source, self.args.device)
-            codec = Codec.from_pretrained(source, self.args.device)
+            codec = Codec.from_pretrained(source, self.args.device, self.args.codec_settings)
             if self.args.latency_repeats:
                 latency = measure_latency(policy, codec, self._controls(range(1))[0], self.args.latency_repeats)
             videos = self._generated(policy, codec)

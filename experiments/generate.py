@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from trl import TrlParser
@@ -18,6 +19,7 @@ import ardrag_rl
 from ardrag_rl.envs.render import draw_drag
 from ardrag_rl.envs.tasks import fit, image_task
 from ardrag_rl.media import write_gif, write_video
+from ardrag_rl.training.config import CODEC_HELP, json_object
 
 
 @dataclass
@@ -33,7 +35,13 @@ class GenerateArguments:
     seed: int = field(default=0, metadata={"help": "Of all noise."})
     fps: float = field(default=8, metadata={"help": "Frames per second of the file."})
     draw: bool = field(default=False, metadata={"help": "Draw the drag path on the video."})
+    kernel: str = field(default="ode", metadata={"help": "Of all steps: ode, or renoise as Algorithm 1 samples."})
+    cache: str | None = field(default=None, metadata={"help": "The caching strategy; unset: the pipeline's own."})
+    codec_settings: dict[str, Any] | str | None = field(default=None, metadata=CODEC_HELP)
     device: str = field(default="cpu", metadata={"help": "Where the model runs."})
+
+    def __post_init__(self) -> None:
+        self.codec_settings = json_object(self.codec_settings, "codec_settings", '{"slicing": true}')
 
 
 def main() -> None:
@@ -46,7 +54,16 @@ def main() -> None:
     if not Path(args.output).parent.is_dir():
         raise ValueError(f"output={args.output!r}: the folder {str(Path(args.output).parent)!r} is not there.")
     video = ardrag_rl.generate(
-        args.pipeline, args.image, args.drag, args.prompt, args.seed, args.num_frames, device=args.device
+        args.pipeline,
+        args.image,
+        args.drag,
+        args.prompt,
+        args.seed,
+        args.num_frames,
+        kernel=args.kernel,
+        device=args.device,
+        codec_settings=args.codec_settings,
+        cache=args.cache,
     )
     if args.draw:
         task = image_task(args.image, args.drag, args.prompt, len(video))

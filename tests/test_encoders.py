@@ -13,6 +13,10 @@ from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
 from ardrag_rl import hub
 from ardrag_rl.codec import Codec
 from ardrag_rl.codec.text import PromptCache, identity_of
+from ardrag_rl.distill.critic import Critic
+from ardrag_rl.distill.distillation import Distillation, DistillSettings
+from ardrag_rl.distill.flow_matching import FlowMatching, LatentClips, OwnHistory
+from ardrag_rl.envs.sprites import Sprites
 from ardrag_rl.flow import Kernel
 from ardrag_rl.generation import generate
 from ardrag_rl.policies import VideoPolicy
@@ -200,6 +204,33 @@ def test_environment_policy_and_learner_see_the_tokens(seeing):
     torch.testing.assert_close(steps.log_prob(rollout.actions), rollout.log_probs, atol=1e-4, rtol=0)
     video = generate(seeing, image(), [[[0.2, 0.2], [0.8, 0.8]]], num_frames=2)
     assert video.shape == (2, 3, 32, 32)
+
+
+def test_distillation_sees_the_tokens(seeing, tmp_path):
+    """Teacher, own history, student and critic: each loss depends on the tokens of the first frame, which are kept."""
+    codec, policy = Codec.from_pretrained(seeing), VideoPolicy.from_pretrained(seeing)
+    source = Sprites("gentle", "train", 3, 32, 32)
+    clips = LatentClips(tmp_path, codec, source, 2)
+    batch = {key: torch.stack([clips[i][key] for i in range(2)]) for key in clips[0]}
+    wanted = codec.encode_images(torch.stack([source[i].control.image for i in range(2)]))
+    torch.testing.assert_close(batch["image"], wanted, atol=2e-3, rtol=2e-3)  # kept in float16
+
+    bidirectional = policy.with_chunks(3)
+    losses = {
+        "teacher": FlowMatching(bidirectional, 0.0),
+        "own history": OwnHistory(policy, (Kernel("ode"),)),
+        "student": Distillation(policy, bidirectional, Critic(policy.with_chunks(3)), DistillSettings(guidance=2.0)),
+    }
+    other = torch.randn(batch["image"].shape, generator=torch.Generator().manual_seed(0))
+    for name, loss in losses.items():
+        turn = {"student_turn": True} if name == "student" else {}
+        said = []
+        for image in (batch["image"], batch["image"], other):
+            torch.manual_seed(0)
+            said.append(float(loss(**{**batch, "image": image}, **turn)["loss"]))
+        assert said[0] == said[1] != said[2], name
+    with pytest.raises(ValueError, match="reads image tokens"):
+        losses["teacher"](batch["latents"], batch["trajectory"], batch["text"])
 
 
 def test_the_single_environment_has_them_too(seeing, tmp_path):

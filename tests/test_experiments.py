@@ -276,6 +276,41 @@ def test_benchmark_of_updates_writes_its_table(tiny_pipeline, tmp_path):
     assert len(shares) == 2 and all(share["parts"]["gradient"] > 0 for share in shares)
 
 
+@pytest.mark.slow
+def test_benchmark_of_a_real_size_writes_its_tables(tiny_pipeline, tmp_path):
+    flags = ["--gpu", "true", "--model", str(tiny_pipeline), "--sizes", "32x32", "--length", "4", "--layers", "1"]
+    flags += ["--repeats", "1", "--threads", "1", "--chunks", "1", "2", "--compile", "false", "--only", "inference"]
+    flags += ["--self_forcing", "none"]
+    command = [sys.executable, str(EXPERIMENTS / "benchmark.py"), *flags, "--output_dir", "out"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    (table,) = json.loads((tmp_path / "out/benchmark_gpu.json").read_text())["tables"]
+    assert [row[:2] for row in table["rows"]] == [[c, f"{n} cache"] for c in "12" for n in ("immutable", "static")]
+    assert all(float(cell) > 0 for row in table["rows"] for cell in row[2:]) and len(table["columns"]) == 7
+    assert "32x32, 4 latent frames, 1 layers, float32" in (tmp_path / "out/benchmark_gpu.md").read_text()
+
+
+def test_an_update_is_measured_beside_its_estimate(script, tiny_pipeline, monkeypatch):
+    gpu, cpu = script("benchmark_gpu"), (torch.device("cpu"), torch.float32)
+    updates = [gpu.Update(str(tiny_pipeline), 2, (32, 32), 3, 2, lora) for lora in (True, False)]
+    said = [update.estimated(*cpu)[1] for update in updates]
+    assert said[0].trainable < said[0].parameters and said[1].trainable == said[1].parameters
+    seen = []
+    monkeypatch.setattr(gpu, "timed", lambda call, device: seen.append(call()) or 1.0)
+    for update in updates:
+        assert gpu.roll_out(update, *cpu) == gpu.learn(update, *cpu) == 1.0
+    assert seen[0].shape == (2, 3, 4, 4, 8, 8) and seen[1:3] == [None, None]  # a rollout, two steps of a learner
+    policy = gpu.random_policy(str(tiny_pipeline), 1, torch.device("cpu"), torch.bfloat16, chunk_size=2)
+    types = {name: p.dtype for name, p in policy.transformer.named_parameters()}
+    assert types["blocks.0.ffn.net.0.proj.weight"] == torch.bfloat16 and types["scale_shift_table"] == torch.float32
+    given = gpu.Update(str(tiny_pipeline), 1, (32, 32), 3, 2, False).given(1, torch.device("cpu"))
+    assert torch.isfinite(gpu.generate_latents(policy, gpu.Plan.all("ode", 3), given)).all()
+    assert policy.transformer.config["chunk_size"] == 2 and len(policy.transformer.blocks) == 1
+    whole = gpu.random_policy(str(tiny_pipeline), None, *cpu)
+    loaded = VideoPolicy.from_pretrained(tiny_pipeline)
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), loaded.parameters(), strict=True))
+
+
 def test_benchmark_refuses(script, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["benchmark.py", "--only", "speed"])
     with pytest.raises(SystemExit, match="choose of cache, replay"):

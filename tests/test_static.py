@@ -240,13 +240,17 @@ def test_diffusers_attention_backends_are_taken(policy, monkeypatch):
 
     monkeypatch.setattr(blocks, "dispatch_attention_fn", dispatch)
     want = made(policy)
-    assert asked == {None}
+    assert asked == {"native"}
     policy.transformer.set_attention_backend("_native_math")
     try:
         torch.testing.assert_close(made(policy), want, **CLOSE)
     finally:
         policy.transformer.reset_attention_backend()
-    assert asked == {None, "_native_math"}
+    assert asked == {"native", "_native_math"}
+    asked.clear()
+    made(policy)
+    made(small())  # diffusers keeps the last as every model's default
+    assert asked == {"native"}
 
 
 def test_the_codec_has_a_stream_of_its_own(monkeypatch):

@@ -213,14 +213,23 @@ class Codec:
         """
         return Stream(partial(self._next_heat_maps, height, width))
 
-    def encode_heat_maps(self, controls: Sequence[Control], height: int, width: int) -> Tensor:
+    def encode_heat_maps(self, controls: Sequence[Control], height: int, width: int, streaming: bool = False) -> Tensor:
         """Eq. 6: controls drawn as videos and encoded like them.
+
+        Args:
+            controls: of one length.
+            height, width: in pixels.
+            streaming: frame by frame, which gives the very numbers of a control that is given as it is drawn.
 
         Returns:
             (B, F, C, h, w); zeros where a control has no points.
         """
-        maps = torch.stack([c.heat_maps(height, width) for c in controls])  # (B, T, 3, H, W)
-        z = self.encode(maps / 2 + 0.5)
+        maps = torch.stack([c.heat_maps(height, width) for c in controls]) / 2 + 0.5  # (B, T, 3, H, W)
+        if streaming:
+            stream, later = self.encoder(), self.latent_frames(maps.shape[1]) - 1
+            z = torch.stack([stream.append(part) for part in maps.split([1] + later * [self.temporal_stride], 1)], 1)
+        else:
+            z = self.encode(maps)
         empty = torch.tensor([c.points.shape[1] == 0 for c in controls], device=z.device)
         return torch.where(empty[:, None, None, None, None], 0.0, z)
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ardrag_rl.codec.stream import State
-from ardrag_rl.hub import local_file
+from ardrag_rl.hub import read_weights
 
 PREFIX = "decoder."
 
@@ -65,13 +65,7 @@ class TinyDecoder(nn.Module):
             FileNotFoundError: there is no such file.
             ValueError: it is no such decoder.
         """
-        local_file(file)
-        if str(file).endswith(".safetensors"):
-            from safetensors.torch import load_file
-
-            weights = load_file(file)
-        else:
-            weights = torch.load(file, map_location="cpu", weights_only=True)
+        weights = read_weights(file)
         try:
             return cls(weights)
         except (ValueError, RuntimeError) as error:

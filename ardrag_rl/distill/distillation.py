@@ -80,18 +80,21 @@ class Distillation(nn.Module):
         """The real score."""
         return self._teacher[0]
 
-    def forward(self, latents: Tensor, trajectory: Tensor, text: Tensor, student_turn: bool) -> dict[str, Tensor]:
+    def forward(
+        self, latents: Tensor, trajectory: Tensor, text: Tensor, student_turn: bool, image: Tensor | None = None
+    ) -> dict[str, Tensor]:
         """Losses on B videos of the student, made under the conditions of B true ones.
 
         Args:
             latents: (B, F, C, h, w), true videos.
             trajectory: (B, F, C, h, w); text: (B, L, D).
             student_turn: whether the student learns too.
+            image: (B, L', D') tokens of the first frames, where the models read them.
 
         Returns:
             "loss", the weighted sum; and its parts, without gradient.
         """
-        given = Conditions(torch.randn_like(latents), trajectory, reference_of(latents), text)
+        given = Conditions(torch.randn_like(latents), trajectory, reference_of(latents), text, image)
         with torch.set_grad_enabled(student_turn):
             chunks = -(-latents.shape[1] // self.policy.transformer.config["chunk_size"])
             drawn = torch.randint(self.policy.schedule.num_steps, (chunks,)).tolist()

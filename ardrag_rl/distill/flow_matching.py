@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,18 +21,6 @@ from ardrag_rl.policies.generate import generate_latents
 from ardrag_rl.rollout import Plan
 
 
-@dataclass(frozen=True)
-class LatentShard:
-    """Encoded clips on disk, as .npy files that are read as needed.
-
-    latents, trajectory: (n, F, C, h, w) float16; text: (n, L, D) float16.
-    """
-
-    latents: np.ndarray
-    trajectory: np.ndarray
-    text: np.ndarray
-
-
 class ClipSource(TaskSource, Protocol):
     """Tasks whose true video is known."""
 
@@ -44,6 +31,9 @@ class ClipSource(TaskSource, Protocol):
 
 class LatentClips(Dataset[dict[str, Tensor]]):
     """Encoded clips, made once and kept on disk: encoding costs more than a training step.
+
+    A clip is its `latents` and `trajectory` (F, C, h, w), its `text` (L, D), and its first frame's `image` tokens
+    (L', D') where the codec makes them; .npy files of float16, that are read as needed.
 
     Args:
         folder: where the arrays are; they are made where they are missing, from where that was interrupted.
@@ -58,18 +48,20 @@ class LatentClips(Dataset[dict[str, Tensor]]):
     def __init__(self, folder: Path, codec: Codec, source: ClipSource, num_clips: int) -> None:
         frames, shape = codec.latent_frames(source.num_frames), codec.latent_shape(source.height, source.width)
         video = (num_clips, frames, *shape)
-        shapes = dict(zip(_KEYS, (video, video, (num_clips, *codec.text_shape)), strict=True))
+        shapes = {"latents": video, "trajectory": video, "text": (num_clips, *codec.text_shape)}
+        if codec.image_shape is not None:
+            shapes["image"] = (num_clips, *codec.image_shape)
         progress = folder / "progress.json"
-        if not (folder / f"{_KEYS[-1]}.npy").is_file():
+        if not all((folder / f"{name}.npy").is_file() for name in shapes):
             folder.mkdir(parents=True, exist_ok=True)
             progress.unlink(missing_ok=True)
             for name, wanted in shapes.items():
                 np.lib.format.open_memmap(folder / f"{name}.npy", "w+", np.float16, wanted)
         done = read_json(progress)["clips"] if progress.is_file() else 0
         mode: Any = "r+" if done < num_clips else "r"
-        self.shard = LatentShard(*(np.load(folder / f"{k}.npy", mmap_mode=mode) for k in _KEYS))
+        self.arrays = {name: np.load(folder / f"{name}.npy", mmap_mode=mode) for name in shapes}
         for name, wanted in shapes.items():
-            if (found := getattr(self.shard, name).shape) != wanted:
+            if (found := self.arrays[name].shape) != wanted:
                 raise ValueError(
                     f"{str(folder)!r} holds {name} of shape {found}, and {wanted} are asked for: it was encoded with "
                     "other settings. Delete it, or give another folder."
@@ -80,33 +72,31 @@ class LatentClips(Dataset[dict[str, Tensor]]):
         ) as bar:
             for first in range(done, num_clips, batch):
                 rows = range(first, min(first + batch, num_clips))
-                _encode(self.shard, codec, source, rows)
+                self._encode(codec, source, rows)
                 write_json(progress, {"clips": rows.stop})
                 bar.update(len(rows))
 
     def __len__(self) -> int:
-        return len(self.shard.latents)
+        return len(self.arrays["latents"])
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        return {k: torch.from_numpy(np.asarray(getattr(self.shard, k)[index], np.float32)) for k in _KEYS}
+        return {name: torch.from_numpy(np.asarray(x[index], np.float32)) for name, x in self.arrays.items()}
+
+    def _encode(self, codec: Codec, source: ClipSource, rows: range) -> None:
+        """Fills these rows, on disk before it returns."""
+        controls = [source[i].control for i in rows]
+        encoded = {
+            "latents": codec.encode(torch.stack([source.video(i) for i in rows])),
+            "trajectory": codec.encode_heat_maps(controls, source.height, source.width),
+            "text": codec.encode_text([c.prompt for c in controls]),
+            "image": codec.encode_images(torch.stack([c.image for c in controls])),
+        }
+        for name, array in self.arrays.items():
+            array[rows.start : rows.stop] = encoded[name].cpu().numpy()  # type: ignore[union-attr]
+            array.flush()
 
 
-_KEYS = ("latents", "trajectory", "text")
 BATCH_PIXELS = 2**21  # that are encoded at once: 32 clips of the embedded size, one of Wan's
-
-
-def _encode(shard: LatentShard, codec: Codec, source: ClipSource, rows: range) -> None:
-    """Fills these rows, on disk before it returns."""
-    controls = [source[i].control for i in rows]
-    encoded = (
-        codec.encode(torch.stack([source.video(i) for i in rows])),
-        codec.encode_heat_maps(controls, source.height, source.width),
-        codec.encode_text([c.prompt for c in controls]),
-    )
-    for key, value in zip(_KEYS, encoded, strict=True):
-        array = getattr(shard, key)
-        array[rows.start : rows.stop] = value.cpu().numpy()
-        array.flush()
 
 
 def reference_of(latents: Tensor) -> Tensor:
@@ -155,8 +145,10 @@ class FlowMatching(nn.Module):
         self.text_dropout, self.control_dropout = text_dropout, control_dropout
         self.schedule_share, self.lowest = schedule_share, lowest
 
-    def forward(self, latents: Tensor, trajectory: Tensor, text: Tensor) -> dict[str, Tensor]:
-        """latents, trajectory: (B, F, C, h, w); text: (B, L, D)."""
+    def forward(
+        self, latents: Tensor, trajectory: Tensor, text: Tensor, image: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """latents, trajectory: (B, F, C, h, w); text: (B, L, D); image: (B, L', D') or None."""
         batch, frames = latents.shape[:2]
         told = torch.rand(batch, 1, 1, device=text.device) > self.text_dropout
         if self.control_dropout:
@@ -173,11 +165,11 @@ class FlowMatching(nn.Module):
         reference, target = reference_of(latents), latents[:, None].expand(shape)  # (B, rows, F, C, h, w)
         eps = torch.randn_like(target)
         x = interpolate(target, eps, t[..., None, None, None])
-        history = self.history(latents, reference, trajectory, text)
+        history = self.history(latents, reference, trajectory, text, image)
         model = self.policy.transformer
         seen = int(starts[-1]) * chunk  # no chunk looks back on the last
         v, _ = model(
-            model.encode_context(text),
+            model.encode_context(text, image),
             self.policy.frame_inputs(history, reference, trajectory)[:, :seen] if seen else None,
             self.policy.frame_inputs(x, reference[:, None].expand(shape), trajectory[:, None].expand(shape)),
             1000 * t,
@@ -193,7 +185,9 @@ class FlowMatching(nn.Module):
         between = lowest + (1 - lowest) * torch.rand_like(t)
         return torch.where(torch.rand_like(t) < 1 - self.schedule_share, between, t)
 
-    def history(self, latents: Tensor, reference: Tensor, trajectory: Tensor, text: Tensor) -> Tensor:
+    def history(
+        self, latents: Tensor, reference: Tensor, trajectory: Tensor, text: Tensor, image: Tensor | None = None
+    ) -> Tensor:
         """(B, F, C, h, w): the clean frames that later ones look back on; here the true ones, with a little noise."""
         noise = self.history_noise * torch.rand(len(latents), 1, 1, 1, 1, device=latents.device)
         return latents + noise * torch.randn_like(latents)
@@ -217,9 +211,11 @@ class OwnHistory(FlowMatching):
         super().__init__(policy, 0.0, text_dropout, rows=rows)
         self.kernels = kernels
 
-    def history(self, latents: Tensor, reference: Tensor, trajectory: Tensor, text: Tensor) -> Tensor:
+    def history(
+        self, latents: Tensor, reference: Tensor, trajectory: Tensor, text: Tensor, image: Tensor | None = None
+    ) -> Tensor:
         """(B, F, C, h, w): clean frames of the policy's own rollouts from these conditions."""
         kernel = self.kernels[int(torch.randint(len(self.kernels), ()))]
         plan = Plan((kernel,) * (self.policy.schedule.num_steps - 1) + (Kernel("ode"),))
-        given = Conditions(torch.randn_like(latents), trajectory, reference, text)
+        given = Conditions(torch.randn_like(latents), trajectory, reference, text, image)
         return generate_latents(self.policy, plan, given)[:, :, -1]

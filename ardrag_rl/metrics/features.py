@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 
-from ardrag_rl.hub import local_file
+from ardrag_rl.hub import local_file, read_weights
 
 ASSETS = Path(__file__).parent.parent / "assets" / "features"
 
@@ -110,16 +110,16 @@ class Inception:
 
     Raises:
         FileNotFoundError: there is no such file.
+        ValueError: it holds more than weights.
         ImportError: torch-fidelity is not installed; the message says how.
     """
 
     def __init__(self, weights: str | Path, device: str = "cpu") -> None:
-        local_file(weights)
+        read_weights(weights)  # refuses what is more than weights
         try:
             from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
         except ImportError as error:
             raise ImportError('FID with Inception needs torch-fidelity: pip install "ardrag-rl[metrics]"') from error
-        torch.load(weights, map_location="cpu", weights_only=True)  # refuses what is more than weights
         self._model = FeatureExtractorInceptionV3("inception", ["2048"], str(weights)).to(device).eval()
         self._device, self.name = device, f"InceptionV3 pool3 {digest(weights)}"
 

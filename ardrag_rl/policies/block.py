@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
 from torch import Tensor
 
 from ardrag_rl.policies.cache import Band, LayerKV, Room
@@ -124,8 +124,13 @@ def _attend_frames(attn: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | No
 
 
 def _dispatch(attn: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """(N, tokens, H, d) by the backend that `set_attention_backend` chose; PyTorch's own unless it did."""
-    return dispatch_attention_fn(q, k, v, attn_mask=mask, backend=attn.processor._attention_backend)
+    """(N, tokens, H, d) by the backend of the model's own `set_attention_backend`, or PyTorch's.
+
+    diffusers' default for a whole process is not asked: it is what the last model was set to, and a rollout would not be
+    the same wherever it runs.
+    """
+    backend = attn.processor._attention_backend or AttentionBackendName.NATIVE
+    return dispatch_attention_fn(q, k, v, attn_mask=mask, backend=backend)
 
 
 def _cross_attend(attn: Any, hidden: Tensor, text: LayerKV, image: LayerKV | None) -> Tensor:

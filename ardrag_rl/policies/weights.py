@@ -9,7 +9,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ardrag_rl import hub
@@ -61,12 +60,12 @@ def load_transformer(
             raise ValueError(f"{str(path)!r} holds no .safetensors file: expected the weights of a transformer.")
     else:
         files = [path]
-    parts = [_read(file, ENTRIES if entry is None else (entry,), bare=entry is None) for file in files]
+    parts = [hub.read_weights(file, ENTRIES if entry is None else (entry,), bare=entry is None) for file in files]
     state = _renamed({key: value for part in parts for key, value in part.items()})
     if len(state) < sum(map(len, parts)):
         raise ValueError(f"the files in {str(path)!r} share keys, so they hold more than one model: name one file.")
     if lora is not None:
-        _merge(state, _renamed(_read(hub.local_file(lora), (LORA_ENTRY,))), lora_alpha, lora)
+        _merge(state, _renamed(hub.read_weights(lora, (LORA_ENTRY,))), lora_alpha, lora)
     beside = (path if path.is_dir() else path.parent) / "config.json"
     known = _known(hub.read_json(beside)) if beside.is_file() else {}
     config = known if "in_channels" in known else _geometry(state, repr(str(path))) | known
@@ -83,25 +82,6 @@ def check_keys(what: str, missing: Iterable[str], unexpected: Iterable[str], mis
     found = [f"{kind}: {', '.join(keys)}" for kind, given in kinds.items() if (keys := sorted(given))]
     if found:
         raise ValueError(f"{what}; {'; '.join(found)}.")
-
-
-def _read(file: Path, entries: tuple[str, ...], bare: bool = True) -> dict[str, Tensor]:
-    """A file's tensors; of a `.pt` file the first of these entries, or where `bare` is allowed all."""
-    if file.suffix == ".safetensors":
-        from safetensors.torch import load_file
-
-        return load_file(file)
-    try:  # mapped, so that only what is used is read
-        content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # torch and its unpickler have many
-        raise ValueError(f"{str(file)!r} could not be read as a file of nothing but weights: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{str(file)!r} holds a {type(content).__name__}: expected a dict of weights.")
-    entry = next((e for e in entries if e in content), None)
-    weights = content[entry] if entry is not None else content if bare else None
-    if not isinstance(weights, dict) or not weights or not all(isinstance(v, Tensor) for v in weights.values()):
-        raise ValueError(f"{str(file)!r} has the entries {sorted(map(str, content))}: expected {' or '.join(entries)}.")
-    return weights
 
 
 def _renamed(weights: dict[str, Tensor]) -> dict[str, Tensor]:

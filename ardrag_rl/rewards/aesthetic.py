@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ardrag_rl.control import Control
-from ardrag_rl.hub import local_file
+from ardrag_rl.hub import local_file, read_weights
 from ardrag_rl.rewards.registry import register_reward
 from ardrag_rl.rewards.reward import Reward
-from ardrag_rl.rewards.weights import load_weights, read_weights
+from ardrag_rl.rewards.weights import load_weights
 
 TINY = Path(__file__).parent.parent / "assets" / "aesthetic"
 _MLP_WIDTHS = (1024, 128, 64, 16, 1)
@@ -153,7 +153,7 @@ def load_head(file: str | Path) -> nn.Module:
         FileNotFoundError: there is no such file.
         ValueError: its keys or shapes are of neither form.
     """
-    state = read_weights(file)
+    state = read_weights(file, ("model",))
     if set(state) == {"weight", "bias"}:
         linear = nn.Linear(state["weight"].shape[-1], 1)
         load_weights(linear, file, state)

@@ -16,6 +16,8 @@ from ardrag_rl.flow import Kernel, Reduction
 from ardrag_rl.rollout import Plan
 from ardrag_rl.training.advantages import CREDITS, Credit, normalise_scale
 
+CODEC_HELP = {"help": "Memory and speed of the codec by name, as JSON: see ardrag_rl.codec.CodecSettings."}
+
 # TRL's and Trainer's settings that mean nothing to a policy over latents, and what to use in their place
 _REFUSED = {
     "text generation": (
@@ -122,10 +124,7 @@ class GRPOConfig(trl.GRPOConfig):
     num_frames: int | None = field(default=None, metadata={"help": "Latent frames; unset: the task source's."})
     height: int | None = field(default=None, metadata={"help": "Pixels; unset: the pipeline's."})
     width: int | None = field(default=None, metadata={"help": "Pixels; unset: the pipeline's."})
-    codec_settings: dict[str, Any] | str | None = field(
-        default=None,
-        metadata={"help": "Memory and speed of the codec by name, as JSON: see ardrag_rl.codec.CodecSettings."},
-    )
+    codec_settings: dict[str, Any] | str | None = field(default=None, metadata=CODEC_HELP)
     rollout_workers: int = field(default=0, metadata={"help": "Ray actors that roll out; 0 is this process."})
     rollout_threads: int | None = field(
         default=None, metadata={"help": "torch threads of a rollout, part of its numbers; unset: as many as now."}
