@@ -214,8 +214,9 @@ class Kernel:
             x, v: (..., C, h, w).
             t, t_next: floats, or tensors that broadcast against (...), one level per latent; or against x itself.
         """
-        level = torch.as_tensor(t, dtype=torch.float32, device=x.device)
-        level_next = torch.as_tensor(t_next, dtype=torch.float32, device=x.device)
+        level, level_next = (torch.as_tensor(a, dtype=torch.float32) for a in (t, t_next))
+        if level.ndim or level_next.ndim:  # numbers stay on the CPU: a GPU that checks them waits
+            level, level_next = level.to(x.device), level_next.to(x.device)
         c, s = self.coefficients(level, level_next)
         level, level_next, c, s = (_per_latent(a, x) for a in (level, level_next, c, s))
         x, v = x.float(), v.float()

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from ardrag_rl import hub
 from ardrag_rl.codec import Codec, CodecSettings
-from ardrag_rl.codec.side_stream import SideStream
 from ardrag_rl.control import Control
 from ardrag_rl.envs.fit import fit
 from ardrag_rl.envs.tasks import image_task
@@ -102,7 +101,7 @@ def generate_controlled(
     """Videos (B, T, 3, H, W) float32 in [0, 1] on the CPU, of B controls of one size and length; a video depends on
     its own control and seed only. Control and video pass the codec frame by frame, as in `interactive`."""
     given, generators = conditions_of(codec, controls, seeds, policy.device)
-    decoder, aside = codec.decoder(), SideStream(codec.device)
+    decoder, aside = codec.decoder(), codec.side_stream
 
     def decode(latents: Tensor) -> Tensor:
         return torch.cat([decoder.append(x) for x in latents.unbind(1)], 1)
@@ -110,7 +109,7 @@ def generate_controlled(
     chunks = generate_chunks(policy, plan, given, generators, cache)
     pixels = [aside(decode, states[:, :, -1]) for states in chunks]  # a chunk while the next one is denoised
     aside.join()
-    return torch.cat(pixels, 1).cpu()
+    return torch.cat(pixels, 1).cpu()  # which waits, so that no pixels are freed while they are read
 
 
 def conditions_of(

@@ -146,18 +146,23 @@ def read_weights(file: str | Path, entries: Sequence[str] = (), bare: bool = Tru
             return load_file(path)
         # mapped where the format allows it, so that only what is used is read
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipfile(path))
+    except OSError:
+        raise
     except Exception as error:  # torch, its unpickler and safetensors have many
         raise ValueError(
-            f"{str(file)!r} could not be read as a file of nothing but weights ({type(error).__name__}): expected "
-            ".safetensors, or a state dict by torch.save; nothing else that a pickle or torchscript may hold is read."
+            f"{str(file)!r} could not be read as a file of nothing but weights: expected .safetensors, or a state dict "
+            "by torch.save; nothing else that a pickle or torchscript may hold is read. "
+            f"{type(error).__name__}: {error}"
         ) from error
     if not isinstance(content, dict):
         raise ValueError(f"{str(file)!r} holds a {type(content).__name__}: expected a dict of weights.")
-    entry = next((e for e in entries if isinstance(content.get(e), dict)), None)
+    entry = next((e for e in entries if content.get(e) and isinstance(content[e], dict)), None)
     weights = content[entry] if entry is not None else content if bare else {}
     if not weights or not all(isinstance(value, Tensor) for value in weights.values()):
         wanted = " or ".join([*entries, *(["tensors by name"] if bare else [])])
-        raise ValueError(f"{str(file)!r} has the entries {sorted(map(str, content))}: expected {wanted}.")
+        found = sorted(map(str, content))
+        more = f" and {len(found) - 5} more" if len(found) > 5 else ""
+        raise ValueError(f"{str(file)!r} has the entries {found[:5]}{more}: expected {wanted}.")
     return weights
 
 

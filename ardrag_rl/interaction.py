@@ -132,6 +132,7 @@ class Interactive:
         encoder = self._at(self._encoders, i, self._encoded).select([0])
         for m in range(frames.start, frames.stop):
             self._given.trajectory[:, m] = encoder.append(so_far[None, self._pixels(slice(m, m + 1))])
+        self._caches = {j: cache for j, cache in self._caches.items() if cache.current}
         cache, decoder = self._at(self._caches, i, self._remember), self._at(self._decoders, i, self._decoded)
         generator = torch.Generator()
         generator.set_state(self._random[i])
@@ -147,8 +148,8 @@ class Interactive:
     def rewind(self, k: int = 1) -> None:
         """Takes back the last k frames: with the same points they come out the same.
 
-        One or two cost nothing; more cost a clean pass (and a decoding) of every frame that stays, at the next `frame`;
-        so do all with a cache that does not fork, such as "static".
+        One or two cost nothing (with a static cache, one); more cost a clean pass (and a decoding) of every frame that
+        stays, at the next `frame`.
 
         Raises:
             ValueError: k is not in 1..len(self).
@@ -161,8 +162,6 @@ class Interactive:
         for kept in (self._caches, self._encoders, self._decoders):
             for j in [j for j in kept if j > i]:
                 del kept[j]
-        if not self._caches[0].forks:
-            self._caches = {0: self._caches[0]}
 
     @torch.no_grad()
     def switch(self, prompt: str) -> None:

@@ -3,7 +3,8 @@
 - inference: seconds to the first frame, frames per second and peak memory of one video, for each size and chunk: with
   the immutable cache that training needs, with the static one, and with that compiled, on a GPU by CUDA graphs too.
   "alone" is the transformer without codec. With a checkout of Self-Forcing (`--self_forcing`, or ARDRAG_SELF_FORCING)
-  its own code runs the same weights beside ours, with the same window; the benchmark stops where latents differ.
+  its own code runs the same weights beside ours, with the same window; on a CPU, where both draw the same noise, the
+  benchmark stops where latents differ. Memory is what a GPU has reserved, of its code without an autoencoder.
 - update: rollout and learner of a group with LoRA and with all weights, each in a process of its own: seconds, and
   peak memory beside what `grpo.py --dry_run` says of it. Transformer only, as that is.
 
@@ -35,7 +36,6 @@ from ardrag_rl.flow import Kernel
 from ardrag_rl.metrics.latency import Latency, measure_latency, median_seconds
 from ardrag_rl.policies import CausalWanTransformer3DModel, VideoPolicy
 from ardrag_rl.policies.chunks import Conditions
-from ardrag_rl.policies.compiled import eager_blocks
 from ardrag_rl.policies.generate import generate_latents
 from ardrag_rl.policies.widen import widen
 from ardrag_rl.rollout import Plan
@@ -44,7 +44,7 @@ from ardrag_rl.training.estimate import estimate, peak_memory, rollout_of
 from ardrag_rl.training.lora import add_lora
 
 PARTS = ("inference", "update")
-GIB = 2**30
+GIB, NAN = 2**30, float("nan")
 GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536"}  # glibc: or a process holds what it freed, and seems twice as large
 Size = tuple[int, int]  # (height, width), pixels
 
@@ -75,6 +75,8 @@ class GpuBench:
     """The measurements."""
 
     def __init__(self, args: GpuArguments) -> None:
+        if args.self_forcing and not is_checkout(args.self_forcing):
+            raise SystemExit(f"--self_forcing {args.self_forcing}: no checkout of Self-Forcing.")
         self.args = args
         gpu = torch.cuda.is_available()
         self.device = torch.device("cuda" if gpu else "cpu")
@@ -100,7 +102,7 @@ class GpuBench:
                     shown = [f"{x:.3g}" if x == x else "" for x in (*cells, latency.peak_memory)]
                     rows.append((str(chunk), name, *shown))
                     print("  ".join((f"{height}x{width}", *rows[-1])), flush=True)
-            steps = len(STEPS) if is_checkout(self.args.self_forcing) else self.policy.schedule.num_steps
+            steps = len(STEPS) if self.args.self_forcing else self.policy.schedule.num_steps
             title = f"One video of {height}x{width}, {steps} steps, {self._about()}"
             columns = ("chunk", "", "first frame alone, s", "frames/s alone", "first frame, s", "frames/s", "peak, GiB")
             yield Table(title, columns, tuple(rows))
@@ -111,11 +113,7 @@ class GpuBench:
         for lora in (True, False):
             settings = Update(self.args.model, self.layers, self.sizes[0], self.length, self.group, lora)
             config, said = settings.estimated(self.device, self.dtype)
-            parts = (roll_out, learn)
-            acted, learned = (apart(part, settings, self.device, self.dtype)[0] for part in parts)
-            # again, since memory that is given back at once takes time
-            with mock.patch.dict(os.environ, GIVE_BACK):
-                acting, learning = (apart(part, settings, self.device, self.dtype)[1] for part in parts)
+            (acted, acting), (learned, learning) = (self._apart(part, settings) for part in (roll_out, learn))
             weights = 4 * said.parameters / GIB  # float32, computed with in `dtype`
             learner = (said.model_bytes + said.activation_bytes) / GIB
             micro = config.per_device_train_batch_size
@@ -126,6 +124,21 @@ class GpuBench:
         height, width = self.sizes[0]
         yield Table(f"An update on a group of {self.group} of {height}x{width}, {self._about()}", columns, tuple(rows))
 
+    def _apart(self, part: Callable[..., float], settings: Update) -> tuple[float, float]:
+        """Seconds and GiB of a part, in a process of its own."""
+        given = (part, torch.get_num_threads(), settings, self.device, self.dtype)
+
+        def run() -> tuple[float, float]:
+            with multiprocessing.get_context("spawn").Pool(1) as pool:
+                return pool.apply(watched, given)
+
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()  # it is the other process's
+            return run()
+        with mock.patch.dict(os.environ, GIVE_BACK):
+            memory = run()[1]
+        return run()[0], memory  # again: to give memory back at once takes time
+
     def _about(self) -> str:
         layers = len(self.policy.transformer.blocks)
         return f"{self.length} latent frames, {layers} layers, {str(self.dtype)[6:]}, {self.where}"
@@ -134,26 +147,22 @@ class GpuBench:
         codec = random_codec(self.args.model, self.device, self.dtype, self._prompts.name)
         control = Control(torch.full((codec.pixel_frames(self.length), 1, 3), 0.5), "", torch.zeros(3, *size))
         policy = random_policy(self.args.model, self.layers, self.device, self.dtype, chunk_size=chunk)
-        if is_checkout(self.args.self_forcing) and self.length % chunk == 0:
+        if self.args.self_forcing and self.length % chunk == 0:  # it has no shorter last chunk
             policy, theirs = self._beside(codec, policy, size, chunk)
             yield "Self-Forcing's code", theirs
         if self.args.attention:
             policy.transformer.set_attention_backend(self.args.attention)
 
-        def measured() -> Latency:
-            return measure_latency(policy, codec, control, self.args.repeats)
-
-        yield "immutable cache", measured()
-        policy.for_inference(cuda_graphs=False)
-        yield "static cache", measured()
-        if self.device.type == "cuda":
-            policy.for_inference()
-            yield "static, CUDA graphs", measured()
+        gpu = self.device.type == "cuda"
+        variants = {"immutable cache": lambda: policy, "static cache": lambda: policy.for_inference(cuda_graphs=False)}
+        if gpu:
+            variants["static, CUDA graphs"] = policy.for_inference
         if self.args.compile:
-            policy.for_inference(compile=True)
-            graphs = ", CUDA graphs" if self.device.type == "cuda" else ""
-            yield f"static, compiled{graphs}", measured()
-            eager_blocks()
+            name = "static, compiled, CUDA graphs" if gpu else "static, compiled"
+            variants[name] = lambda: policy.for_inference(compile=True)
+        for name, make in variants.items():
+            torch._dynamo.reset()  # of another chunk and size
+            yield name, measure_latency(make(), codec, control, self.args.repeats)
 
     def _beside(self, codec: Codec, like: VideoPolicy, size: Size, chunk: int) -> tuple[VideoPolicy, Latency]:
         """Self-Forcing's pipeline with random weights, and our policy of the same."""
@@ -177,8 +186,9 @@ class GpuBench:
                 local=self.window + chunk,
                 frames=self.length,
             )
-            policy = as_policy(pipeline, self.window, chunk).to(self.device, self.dtype)
-            if self.device.type == "cuda":
+            gpu = self.device.type == "cuda"
+            if gpu:
+                torch.cuda.empty_cache()
                 torch.cuda.reset_peak_memory_stats(self.device)
 
             @torch.no_grad()
@@ -188,10 +198,11 @@ class GpuBench:
 
             repeats = self.args.repeats
             first, whole = (median_seconds(lambda n=n: run(n), self.device, repeats) for n in (chunk, self.length))
-            latency = Latency(
-                float("nan"), float("nan"), first, codec.pixel_frames(self.length) / whole, peak_memory(self.device)
-            )
-            if self.device.type == "cpu":  # where both draw the same noise
+            peak = torch.cuda.max_memory_reserved(self.device) / GIB if gpu else NAN
+            latency = Latency(NAN, NAN, first, codec.pixel_frames(self.length) / whole, peak)
+            policy = as_policy(pipeline, self.window, chunk)
+            cast(policy.transformer, self.dtype).to(self.device)
+            if not gpu:
                 plan = Plan((Kernel("renoise"),) * policy.schedule.num_steps)
                 ours = generate_latents(policy, plan, given, torch.Generator().manual_seed(1))[:, :, -1]
                 difference = float((run(self.length) - ours).abs().max())
@@ -238,26 +249,21 @@ class Update:
         """Of `--dry_run`."""
         config = self.config(device, dtype)
         codec = Codec.from_pretrained(self.model, "meta")
-        shapes = codec.latent_shape(*self.size), codec.text_shape
+        shapes = codec.latent_shape(*self.size), codec.text_shape, codec.image_shape
         return config, estimate(self.policy(torch.device("meta"), dtype), config, self.length, *shapes)
 
     def given(self, batch: int, device: torch.device) -> Conditions:
         """Noise for all."""
         codec = Codec.from_pretrained(self.model, "meta")
         noise = torch.randn(batch, self.length, *codec.latent_shape(*self.size), device=device)
-        return Conditions(noise, noise, noise, torch.randn(batch, *codec.text_shape, device=device))
-
-
-def apart(part: Callable[..., float], *args: Any) -> tuple[float, float]:
-    """A part in a process of its own: what it gives, and the GiB that it took."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(watched, (part, torch.get_num_threads(), *args))
+        image = None if codec.image_shape is None else torch.randn(batch, *codec.image_shape, device=device)
+        return Conditions(noise, noise, noise, torch.randn(batch, *codec.text_shape, device=device), image)
 
 
 def watched(
     part: Callable[..., float], threads: int, settings: Update, device: torch.device, dtype: torch.dtype
 ) -> Any:
-    """See `apart`."""
+    """Seconds of a part, and the GiB that it took."""
     torch.set_num_threads(threads)
     small = replace(settings, size=(32, 32), length=2, group=1, layers=1, narrow=True)
     # what libraries take is not the policy's
@@ -319,11 +325,15 @@ def random_policy(
     torch.manual_seed(0)
     with torch.device(device):
         transformer = CausalWanTransformer3DModel.from_config(config)
-    kept = transformer._keep_in_fp32_modules  # as `from_pretrained` does
+    return VideoPolicy(widen(cast(transformer, dtype)), hub.load_schedule(path), path)
+
+
+def cast(transformer: Any, dtype: torch.dtype) -> Any:
+    """In place, all but what `from_pretrained` leaves in float32."""
     for name, p in transformer.named_parameters():
-        if not set(kept) & set(name.split(".")):
+        if not set(transformer._keep_in_fp32_modules) & set(name.split(".")):
             p.data = p.data.to(dtype)
-    return VideoPolicy(widen(transformer), hub.load_schedule(path), path)
+    return transformer
 
 
 def random_codec(pipeline: str, device: torch.device, dtype: torch.dtype, folder: str) -> Codec:

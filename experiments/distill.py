@@ -50,7 +50,7 @@ from ardrag_rl.training.sharded import gathered
 
 SAMPLERS = (Kernel("ode"), Kernel("cps", 0.6), Kernel("renoise"))  # what a start with own history meets
 STAGES = ("teacher", "start", "student")
-COMMON = ("init", "tasks", "sizes", "clips", "num_frames", "ema", "lora_rank", "codec_settings")
+COMMON = ("init", "tasks", "sizes", "clips", "num_frames", "ema", "lora_rank")
 OF_STAGE = {  # what the settings that a stage depends on begin with
     "teacher": (*COMMON, "teacher_", "muon", "text_dropout", "control_dropout"),
     "start": (*COMMON, "start_", "teacher", "muon", "text_dropout", "chunk_size", "window"),
@@ -190,12 +190,13 @@ class Run:
 
     def student(self) -> None:
         """Self-Rollout with DMD and an adversarial loss."""
-        args = self.args
+        args, negative = self.args, None
+        if args.negative_prompt:  # before there are models beside it
+            negative = self._codec().encode_text([args.negative_prompt]).cpu()
         teacher = VideoPolicy.from_pretrained(self.made(args.teacher), self.training.device)
         start = VideoPolicy.from_pretrained(self.made(args.start), self.training.device)
         student = self._trainable(start.with_chunks(args.chunk_size, window=args.window), args.lora_rank)
         critic = self._trainable(VideoPolicy.from_pretrained(self.made(args.teacher)))
-        negative = self._codec().encode_text([args.negative_prompt]) if args.negative_prompt else None
         names = DistillSettings.__dataclass_fields__.keys() & vars(args).keys()
         model = Distillation(
             student,

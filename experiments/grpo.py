@@ -118,7 +118,7 @@ def dry_run(script: ScriptArguments, args: GRPOConfig) -> Estimate:
         add_lora(policy, args.lora_r, args.lora_alpha, args.lora_target_modules)
     size = pipeline_size(pipeline_path(script.pipeline), args.height, args.width)
     frames = args.num_frames or make_tasks(script.tasks, None, *size).num_frames
-    return estimate(policy, args, frames, codec.latent_shape(*size), codec.text_shape)
+    return estimate(policy, args, frames, codec.latent_shape(*size), codec.text_shape, codec.image_shape)
 
 
 class Judge:

@@ -374,6 +374,15 @@ def test_files_that_are_no_weights_are_refused(components, tmp_path):
     torch.save({"generator": Code()}, tmp_path / "code.pt")
     with pytest.raises(ValueError, match="nothing but weights"):
         load_transformer(tmp_path / "code.pt")
+    legacy = original(model.state_dict(), "model.")
+    torch.save({"generator": legacy, "model": {}}, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    found = hub.read_weights(
+        tmp_path / "old.pt", ("model", "generator")
+    )  # an entry that is there counts, empty ones not
+    assert found.keys() == legacy.keys()
+    torch.save({f"a{i}": 1 for i in range(99)}, tmp_path / "many.pt")
+    with pytest.raises(ValueError, match=r"has the entries \['a0', .*\] and 94 more: expected tensors by name"):
+        hub.read_weights(tmp_path / "many.pt")
     torch.save({"optimizer": {"lr": 1}}, tmp_path / "other.pt")
     with pytest.raises(ValueError, match=r"has the entries \['optimizer'\]: expected generator_ema or generator"):
         load_transformer(tmp_path / "other.pt")

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ardrag_rl.codec import Codec
 from ardrag_rl.envs import ARDragVectorEnv
 from ardrag_rl.flow import Kernel
-from ardrag_rl.policies import VideoPolicy
+from ardrag_rl.policies import CausalWanTransformer3DModel, VideoPolicy
 from ardrag_rl.training.collect import collect
 from ardrag_rl.training.config import GRPOConfig
 from ardrag_rl.training.estimate import estimate
@@ -22,7 +22,9 @@ FRAMES, GROUP, MICRO = 5, 3, 2
 
 @pytest.fixture(scope="module")
 def policy(tiny_pipeline):
-    return VideoPolicy.from_pretrained(tiny_pipeline)
+    """Of more layers than the two that are looked at."""
+    config = CausalWanTransformer3DModel.load_config(tiny_pipeline / "transformer")
+    return VideoPolicy(CausalWanTransformer3DModel.from_config(dict(config) | {"num_layers": 5}))
 
 
 @pytest.fixture(scope="module")
@@ -69,22 +71,37 @@ def test_the_estimate_is_what_the_code_does(policy, envs, tmp_path):
     assert said.rollout_bytes == held  # the window is full
 
     rollout = collect(envs, policy, args.plan(0, 3), 0, tasks=[0, 1])
-    kept, alive, own = {}, [], {p.untyped_storage().data_ptr() for p in policy.parameters()}
-
-    def keep(x):
-        alive.append(x)
-        if x.untyped_storage().data_ptr() not in own:
-            kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
-        return x
-
+    own = {p.untyped_storage().data_ptr() for p in policy.parameters()}
     part = rollout.select(range(MICRO))
-    with FlopCounterMode(display=False) as learned:
+
+    def forward():
+        """The mean, and the bytes that are kept for its gradient."""
+        kept, alive = {}, []
+
+        def keep(x):
+            alive.append(x)
+            if x.untyped_storage().data_ptr() not in own:
+                kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+            return x
+
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
             mean = policy(part).mean
+        return mean, sum(kept.values())
+
+    with FlopCounterMode(display=False) as learned:
+        mean, plain = forward()
         mean.sum().backward()
     policy.zero_grad()
     assert said.learner_flops > 6 * learned.get_total_flops()  # of six micro-batches, and attention
-    assert said.activation_bytes == pytest.approx(sum(kept.values()), rel=0.05)
+    assert said.activation_bytes == pytest.approx(plain, rel=0.05)
+
+    policy.transformer.enable_gradient_checkpointing()
+    outside = forward()[1]  # without the blocks' inputs, which no hook sees
+    policy.transformer.disable_gradient_checkpointing()
+    inputs = layers * 4 * MICRO * (2 * FRAMES - 1) * tokens * width  # clean and noisy frames, float32
+    saving = of(policy, envs, config(tmp_path, gradient_checkpointing=True))
+    assert saving.activation_bytes == pytest.approx(outside + inputs + (plain - outside) / layers, rel=0.05)
+    assert outside + inputs < 0.5 * plain
 
 
 def test_settings_show_in_the_estimate(policy, envs, tmp_path):

@@ -82,6 +82,21 @@ def test_a_codec_with_a_memory(policy, codec):
     assert torch.equal(torch.cat([live.frame([p]) for p in frames[1:]]), want[1:])
 
 
+@pytest.mark.parametrize("cache", ["rolling", "static"])
+def test_taking_back_one_frame_costs_no_history(policy, cache):
+    live = begin(policy, cache=cache)
+    for _ in range(4):
+        live.frame([[0.5, 0.5]])
+    passes, plain = [], policy.transformer.forward
+    policy.transformer.forward = lambda *args, **more: passes.append(1) or plain(*args, **more)
+    try:
+        live.rewind()
+        live.frame([[0.4, 0.5]])
+    finally:
+        del policy.transformer.forward
+    assert len(passes) == policy.schedule.num_steps  # three denoising ones; nothing is written again
+
+
 @pytest.mark.parametrize("k", range(1, FRAMES + 1))
 @pytest.mark.parametrize("cache", ["rolling", "tether", "static"])
 def test_a_rewind_with_the_same_points_gives_the_same_frames(policy, k, cache):

@@ -11,6 +11,8 @@ from torch import Tensor
 class SideStream:
     """Runs calls in order on a CUDA stream of its own; on another device at once.
 
+    One for all calls of a codec: memory that was freed on a stream serves that stream alone.
+
     Args:
         device: of the tensors.
     """
@@ -21,7 +23,7 @@ class SideStream:
 
     def __call__(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         """function(x), once what was asked for before is done; its result is there after `join`."""
-        if self._stream is None:
+        if self._stream is None or not x.is_cuda:
             return function(x)
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         x.record_stream(self._stream)  # or the allocator gives its memory away while it is still read

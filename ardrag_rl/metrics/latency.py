@@ -15,7 +15,6 @@ from ardrag_rl.generation import conditions_of, generate_controlled
 from ardrag_rl.policies import VideoPolicy
 from ardrag_rl.policies.generate import generate_latents
 from ardrag_rl.rollout import Plan
-from ardrag_rl.training.estimate import peak_memory
 
 
 @dataclass(frozen=True)
@@ -27,7 +26,7 @@ class Latency:
             several frames together gives none before all of them.
         fps: pixel frames per second of a whole video, with encoding and decoding.
         transformer_first, transformer_fps: the same of the transformer alone.
-        peak_memory: GiB; on a GPU while this was measured, on a CPU of the process so far.
+        peak_memory: GiB of the GPU, reserved while this was measured; NaN on a CPU.
     """
 
     first_frame: float
@@ -52,6 +51,7 @@ def measure_latency(policy: VideoPolicy, codec: Codec, control: Control, repeats
     frames = slice(0, codec.pixel_frames(chunk))
     begin = replace(control, points=control.points[frames], visible=control.visible[frames])
     if policy.device.type == "cuda":
+        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(policy.device)
     given, generators = conditions_of(codec, [control], [0], policy.device)
     start = replace(given, **{k: getattr(given, k)[:, :chunk] for k in ("noise", "trajectory", "reference")})
@@ -64,7 +64,8 @@ def measure_latency(policy: VideoPolicy, codec: Codec, control: Control, repeats
             lambda: generate_latents(policy, plan, given, generators),
         )
     )
-    peak = peak_memory(policy.device)
+    gpu = policy.device.type == "cuda"
+    peak = torch.cuda.max_memory_reserved(policy.device) / 2**30 if gpu else float("nan")
     return Latency(first, control.num_frames / total, first_alone, control.num_frames / alone, peak)
 
 

@@ -47,7 +47,6 @@ def run_block(
     q, k, v = attn.norm_q(attn.to_q(hidden)), attn.norm_k(attn.to_k(hidden)), attn.to_v(hidden)
     q, k, v = (a.unflatten(-1, (attn.heads, -1)) for a in (q, k, v))  # (B, Ft, n, H, d)
     turned = rotate(q, turn), rotate(k, turn)
-    kept = (k, v, q) if layout.unrotated else (turned[1], v)
     attended = _attend(attn, *turned, v, past, layout)
     x = (x.float() + attn.to_out[0](attended.flatten(-2)) * gate).type_as(x)
 
@@ -56,6 +55,9 @@ def run_block(
 
     hidden = (block.norm3(x.float()) * (1 + scale_f) + shift_f).type_as(x)
     x = (x.float() + block.ffn(hidden).float() * gate_f).type_as(x)
+    if not layout.num_clean or isinstance(past, Room):  # nothing to keep, or it is in the room
+        return x, ()
+    kept = (k, v, q) if layout.unrotated else (turned[1], v)
     return x, tuple(a[:, : layout.num_clean] for a in kept)
 
 
@@ -126,10 +128,10 @@ def _attend_frames(attn: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | No
 def _dispatch(attn: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
     """(N, tokens, H, d) by the backend of the model's own `set_attention_backend`, or PyTorch's.
 
-    diffusers' default for a whole process is not asked: it is what the last model was set to, and a rollout would not be
-    the same wherever it runs.
+    diffusers' default for a whole process is not asked: it is what the last model was set to, and a rollout would not
+    be the same wherever it runs.
     """
-    backend = attn.processor._attention_backend or AttentionBackendName.NATIVE
+    backend = getattr(attn.processor, "_attention_backend", None) or AttentionBackendName.NATIVE
     return dispatch_attention_fn(q, k, v, attn_mask=mask, backend=backend)
 
 

@@ -41,7 +41,7 @@ class FrameEntry:
 
     Attributes:
         layers: per layer (keys, values), each (B, n, heads, head_dim); keys carry their rotary position, or none where
-            the cache asks for `unrotated` entries.
+            the cache asks for `unrotated` entries. Empty where the cache gave `Room`, and has them already.
         queries: per layer (B, n, heads, head_dim), without a position, in unrotated entries.
         rotary: what gives an unrotated entry its position.
     """
@@ -65,7 +65,7 @@ class Band:
 
 
 class Cache(Protocol):
-    """A caching strategy. `append` gives a new cache and leaves the old one as it was, where it `forks`.
+    """A caching strategy. `append` gives a new cache and leaves the old one as it was; or, in place, useless.
 
     A strategy with a `band` is exact in one pass over many frames, so a replay equals the rollout and it can be trained
     with. Where `band` is None, what a frame sees depends on what the cache made of the frames before it: they have to
@@ -93,8 +93,8 @@ class Cache(Protocol):
         ...
 
     @property
-    def forks(self) -> bool:
-        """Whether a cache stays of use after it was appended to."""
+    def current(self) -> bool:
+        """Whether this cache can be used; one that writes in place cannot, once it was appended to."""
         ...
 
     def append(self, entries: Sequence[FrameEntry]) -> Cache:
@@ -119,7 +119,7 @@ class RollingCache:
     """
 
     unrotated: ClassVar[bool] = False
-    forks: ClassVar[bool] = True
+    current: ClassVar[bool] = True
 
     window: int
     entries: tuple[Any, ...] = ()  # FrameEntry, or what a strategy makes of it

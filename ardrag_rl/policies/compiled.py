@@ -1,34 +1,39 @@
-"""compile_blocks: the transformer's blocks through torch.compile, where that pays."""
+"""The transformer's blocks through torch.compile, where that pays."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch._dynamo
 from torch import Tensor
 
 from ardrag_rl.policies import block as blocks
-from ardrag_rl.policies.cache import Room
 
+SHAPES = 64  # chunks and sizes that several policies of a process may have
 _EAGER = blocks.run_block
 
 
-def compile_blocks(static: bool = False) -> None:
+def compile_blocks() -> None:
     """torch.compile, in this process, for passes with gradient that have no cache: a learner's.
 
     Rollouts stay as they are: a cache grows, and every length would be compiled anew.
-
-    Args:
-        static: instead, for passes over a static cache, without gradient; their number of frames is left open.
     """
-    compiled = torch.compile(_EAGER, dynamic=None if static else False)
+    compiled = torch.compile(_EAGER, dynamic=False)
 
     def run(block: Any, x: Tensor, modulation: Tensor, rotary: Any, layout: Any, past: Any, *rest: Any) -> Any:
-        fits = isinstance(past, Room) if static else past is None
-        chosen = compiled if fits and torch.is_grad_enabled() != static else _EAGER
+        chosen = compiled if past is None and torch.is_grad_enabled() else _EAGER
         return chosen(block, x, modulation, rotary, layout, past, *rest)
 
     blocks.run_block = run  # type: ignore[assignment]
+
+
+def compiled_block() -> Callable[..., Any]:
+    """A compiled block for a policy with a static cache; the number of frames in the cache is left open."""
+    limit = torch._dynamo.config.recompile_limit  # shapes of one function in a process, after which it is eager
+    torch._dynamo.config.recompile_limit = max(limit, SHAPES)
+    return torch.compile(_EAGER)
 
 
 def eager_blocks() -> None:

@@ -1,29 +1,45 @@
-"""CudaGraphs: a function of tensors recorded once for each shape, and played again without Python."""
+"""CudaGraphs: a function of tensors recorded once for each shape, and played again in one launch."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 
+class Recorded(NamedTuple):
+    """A graph.
+
+    Attributes:
+        replay: plays it; inputs: what it reads, at fixed addresses; outputs: what it writes, of any structure.
+    """
+
+    replay: Callable[[], None]
+    inputs: tuple[Tensor, ...]
+    outputs: Any
+
+
 class CudaGraphs:
-    """Calls a function by CUDA graphs (`torch.cuda.make_graphed_callables`), without gradient.
+    """Calls a function by CUDA graphs, without gradient.
 
     A pass of a transformer is a thousand kernels; launched one by one from Python they can take longer than a GPU needs
-    for one frame's tokens. A graph launches them at once, but reads and writes at fixed addresses.
+    for one frame's tokens. A graph launches them at once, but reads and writes at fixed addresses, and repeats what it
+    was recorded from: parameters may change in place, nothing else may.
     """
 
     def __init__(self) -> None:
-        self._graphs: dict[Hashable, Callable[..., Any]] = {}
-        self._contexts: dict[
-            Hashable, tuple[Any, Any]
-        ] = {}  # by shape: where graphs read it, and what was copied there
-        self._pool: Any = None  # of memory, shared by all
+        self._graphs: dict[Hashable, Recorded] = {}
+        self._contexts: dict[Hashable, tuple[Any, Any]] = {}  # by shape: where graphs read it; what it is
+        self._stream: Any = None  # one for all, or they could not share memory
+        self._pool: Any = None
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> CudaGraphs:
+        return CudaGraphs()  # graphs are of the original's weights
+
+    @torch.no_grad()
     def __call__(self, function: Callable[..., Any], inputs: tuple[Tensor, ...], context: Any, key: Hashable) -> Any:
         """function(*inputs, context).
 
@@ -37,22 +53,40 @@ class CudaGraphs:
         Returns:
             the outputs. The next call of the same key and shapes overwrites them.
         """
-        key, kind = (key, _kind(inputs), _kind(context)), _kind(context)
+        kind = _kind(context)
+        key = (key, _kind(inputs), kind)
         if kind not in self._contexts:
-            self._contexts[kind] = tree_map_only(Tensor, torch.clone, context), context
+            self._contexts[kind] = _kept(context), context
         fixed, last = self._contexts[kind]
         if last is not context:
             for there, here in zip(_tensors(fixed), _tensors(context), strict=True):
                 there.copy_(here)
             self._contexts[kind] = fixed, context
         if key not in self._graphs:
-            if self._pool is None:
-                self._pool = torch.cuda.graph_pool_handle()
-            samples = tuple(x.clone() for x in inputs)
-            self._graphs[key] = torch.cuda.make_graphed_callables(
-                lambda *given: function(*given, fixed), samples, pool=self._pool
-            )
-        return self._graphs[key](*inputs)
+            self._graphs[key] = self._record(lambda *given: function(*given, fixed), _kept(inputs))
+        recorded = self._graphs[key]
+        for there, here in zip(recorded.inputs, inputs, strict=True):
+            there.copy_(here)
+        recorded.replay()
+        return recorded.outputs
+
+    def _record(self, function: Callable[..., Any], inputs: tuple[Tensor, ...]) -> Recorded:
+        with torch.cuda.device(inputs[0].device):
+            if self._stream is None:
+                self._stream, self._pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
+            self._stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self._stream):
+                function(*inputs)  # once before: libraries set themselves up, kernels are compiled
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
+                outputs = function(*inputs)
+        return Recorded(graph.replay, inputs, outputs)
+
+
+def _kept(structure: Any) -> Any:
+    """A copy that may be written to in any mode."""
+    with torch.inference_mode(False):
+        return tree_map_only(Tensor, torch.clone, structure)
 
 
 def _tensors(structure: Any) -> list[Tensor]:
@@ -60,4 +94,4 @@ def _tensors(structure: Any) -> list[Tensor]:
 
 
 def _kind(structure: Any) -> Hashable:
-    return tuple((x.shape, x.dtype) for x in _tensors(structure))
+    return tuple((x.shape, x.dtype, x.device) for x in _tensors(structure))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from ardrag_rl import hub
 from ardrag_rl.flow import GaussianStep, Schedule
 from ardrag_rl.policies.cache import RollingCache, SinkCache
-from ardrag_rl.policies.compiled import compile_blocks
+from ardrag_rl.policies.compiled import compiled_block
 from ardrag_rl.policies.cuda_graphs import CudaGraphs
 from ardrag_rl.policies.session import Session
 from ardrag_rl.policies.static_cache import StaticCache
@@ -126,21 +127,20 @@ class VideoPolicy(nn.Module):
         return VideoPolicy(model, schedule or self.schedule, self.source).to(self.device)
 
     def for_inference(self, compile: bool = False, cuda_graphs: bool | None = None) -> VideoPolicy:
-        """Makes generation fast: a static cache, written in place, and on a GPU one launch for a whole pass.
+        """A policy of the same weights that generates fast: a static cache, written in place, and on a GPU one launch
+        for a whole pass.
 
-        For one video (or batch) at a time: a second one that is begun takes the first one's cache, whose use then
-        raises. Not for training. Weights may change, their place and type not. `transformer.set_attention_backend`,
-        diffusers' own, chooses the attention kernel, and has to come first.
+        For one video (or batch) at a time: where another is begun, one that goes on afterwards recomputes its history,
+        or raises. Not for training. Weights may change in place; after any other change (device, dtype, adapters, the
+        attention kernel of `transformer.set_attention_backend`, diffusers' own) take a new one. The first video takes
+        longer, in which every length of history is met for the first time.
 
         Args:
-            compile: also compile the blocks, in this process, in the first passes of every length of history; a minute.
-            cuda_graphs: None for where there is CUDA.
-
-        Returns:
-            itself.
+            compile: also torch.compile the blocks, which takes a minute more of the first video.
+            cuda_graphs: None for where there is CUDA. Autocast does without them: load the weights in bfloat16.
 
         Raises:
-            ValueError: the transformer's caching strategy is another one than "rolling" or "sink".
+            ValueError: the transformer's caching strategy is another one than "rolling", "sink" or "static".
         """
         own = self.transformer.new_cache()
         if type(own) not in (RollingCache, SinkCache, StaticCache):
@@ -148,11 +148,11 @@ class VideoPolicy(nn.Module):
         graphs = self.device.type == "cuda" if cuda_graphs is None else cuda_graphs
         if graphs and self.device.type != "cuda":
             raise ValueError(f"cuda_graphs=True: the policy is on {str(self.device)!r}, move it to a GPU first.")
-        self.transformer.static_cache = StaticCache(self.transformer.config["window"], getattr(own, "sink", 0))
-        self.transformer.graphs = CudaGraphs() if graphs else None
-        if compile:
-            compile_blocks(static=True)
-        return self
+        transformer = copy.copy(self.transformer)  # its parts are shared
+        transformer.static_cache = StaticCache(self.transformer.config["window"], getattr(own, "sink", 0))
+        transformer.graphs = CudaGraphs() if graphs else None
+        transformer.compiled = compiled_block() if compile else None
+        return VideoPolicy(transformer, self.schedule, self.source)
 
     @property
     def device(self) -> torch.device:

@@ -109,6 +109,8 @@ class Session:
         known = len(self._frames)
         if known > frame or not all(_equal(old, _frame(state, j)) for j, old in enumerate(self._frames)):
             known = 0
+        if not self._cache.current:  # another session of the same static cache came between
+            known = 0
         if known == 0:
             self._cache, self._frames = self.policy.transformer.new_cache(self._strategy), ()
         if known < frame:

@@ -4,25 +4,37 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from ardrag_rl.policies.cache import FrameEntry, Room
 
 
 class _Buffer:
-    """Where a static cache writes: (2, layers, B, slots, n, heads, head_dim), keys and values."""
+    """Where a static cache writes: (2, layers, B, slots, n, heads, head_dim), keys and values.
 
-    data: Tensor | None = None
-    writes = 0
+    One is kept for every shape that was asked for, at the address that it had.
+    """
+
+    def __init__(self) -> None:
+        self.data: Tensor | None = None
+        self.writes = 0
+        self._kept: dict[Hashable, Tensor] = {}
 
     def fit(self, entry: FrameEntry, slots: int) -> None:
-        """Makes it what these entries ask for; one that is that already stays, and so does its address."""
+        """Makes it what these entries ask for."""
         k = entry.layers[0][0]
         shape = (2, len(entry.layers), k.shape[0], slots, *k.shape[1:])
-        if self.data is None or (self.data.shape, self.data.dtype, self.data.device) != (shape, k.dtype, k.device):
-            self.data = k.new_zeros(shape)
+        kind = (shape, k.dtype, k.device)
+        if kind not in self._kept:
+            with torch.inference_mode(False):  # or it could be written to in that mode only
+                self._kept[kind] = torch.zeros(shape, dtype=k.dtype, device=k.device)
+        self.data = self._kept[kind]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Buffer:
+        return _Buffer()
 
 
 @dataclass(frozen=True)
@@ -37,7 +49,6 @@ class StaticCache:
     """
 
     unrotated: ClassVar[bool] = False
-    forks: ClassVar[bool] = False
     band: ClassVar[None] = None
 
     window: int
@@ -56,6 +67,10 @@ class StaticCache:
         return self.num_frames
 
     @property
+    def current(self) -> bool:
+        return not self.num_frames or self.buffer.writes == self.written
+
+    @property
     def key(self) -> Hashable:
         """The same for caches that lie at the same place."""
         if not self.num_frames:
@@ -63,8 +78,9 @@ class StaticCache:
         data = self._data()
         return data.data_ptr(), data.shape, self._filled
 
+    @torch.no_grad()
     def append(self, entries: Sequence[FrameEntry]) -> StaticCache:
-        """Overwrites the oldest frames.
+        """Overwrites the oldest frames. Entries of the last pass over this cache are in its room, and moved from there.
 
         Raises:
             RuntimeError: the cache was appended to before.
@@ -77,8 +93,11 @@ class StaticCache:
             self.buffer.fit(entries[0], own + self.sink + self.window)
         data = self.buffer.data
         assert data is not None
-        for number, entry in enumerate(entries, self.num_frames):
+        for i, entry in enumerate(entries):
+            number = self.num_frames + i
             slot = number if number < self.sink else self.sink + (number - self.sink) % self.window
+            if not entry.layers:
+                data[:, :, :, own + slot] = data[:, :, :, own - len(entries) + i]
             for layer, (k, v) in enumerate(entry.layers):
                 data[0, layer, :, own + slot] = k
                 data[1, layer, :, own + slot] = v
@@ -109,7 +128,7 @@ class StaticCache:
         return min(self.num_frames, self.sink + self.window)
 
     def _data(self) -> Tensor:
-        if self.buffer.writes != self.written or self.buffer.data is None:
+        if not self.current or self.buffer.data is None:
             raise RuntimeError(
                 f"this static cache of {self.num_frames} frames was appended to, or its buffer serves another video "
                 "now: it cannot be forked or rewound. Go on with the newest, or take cache='rolling'."

@@ -56,8 +56,9 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
         others: as in diffusers. `in_channels` = C latent + r mask + C reference + C trajectory channels.
     """
 
-    static_cache: StaticCache | None = None  # both by `VideoPolicy.for_inference`
+    static_cache: StaticCache | None = None  # all by `VideoPolicy.for_inference`
     graphs: CudaGraphs | None = None
+    compiled: Callable[..., Any] | None = None
 
     @register_to_config
     def __init__(
@@ -184,10 +185,11 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
                 "mask gives what it shows a frame. Training replays a rollout in one pass, and the ratio would not be "
                 "1: train with cache='rolling', 'sink' or 'relative' (without a sink)."
             )
-        if not cache.forks and num_clean + rows * num_noisy > chunk:
+        if isinstance(cache, StaticCache) and (rows > 1 or min(num_clean, num_noisy) or torch.is_grad_enabled()):
+            gradient = "with" if torch.is_grad_enabled() else "without"
             raise ValueError(
-                f"{num_clean} clean frames and {rows} x {num_noisy} noisy ones in one pass: {type(cache).__name__} has "
-                f"room for one chunk of {chunk} at a time."
+                f"{num_clean} clean frames and {rows} x {num_noisy} noisy ones in one pass, {gradient} gradient: a "
+                "static cache takes one chunk, clean or noisy, without."
             )
         _, ph, pw = self.config["patch_size"]
         rotary = Rotary.of(self.rope, streams[0].shape[-2] // ph, streams[0].shape[-1] // pw)
@@ -202,16 +204,19 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
         turn = rotary.at([cache.position + m for m in position])
         band = cache.band or Band(sys.maxsize)  # one chunk sees all that the cache shows
         layout = Layout(num_clean, rows, num_noisy, chunk, band, cache.unrotated)
-        if self.graphs is None or torch.is_grad_enabled() or not isinstance(cache, StaticCache):
-            output, kept = self._run(frames, steps, turn, context, layout, cache.view)
-        else:
-            past = [cache.view(i) for i in range(len(self.blocks))]
+        if self._graphed(cache, num_clean):
+            assert self.graphs is not None and isinstance(cache, StaticCache)
 
             def run(frames: Tensor, steps: Tensor, cos: Tensor, sin: Tensor, context: Context) -> _Outputs:
                 return self._run(frames, steps, (cos, sin), context, layout, past.__getitem__)
 
-            output, kept = self.graphs(run, (frames, steps, *turn), context, (layout, cache.key))
-            output = [x.clone() for x in output]  # entries live until the next pass: this cache copies them at once
+            past = [cache.view(i) for i in range(len(self.blocks))]
+            key = (layout, cache.key, self.patch_embedding.weight.data_ptr())
+            output, kept = self.graphs(run, (frames, steps, *turn), context, key)
+            output = [x.clone() for x in output]  # the next pass overwrites it
+        else:
+            output, kept = self._run(frames, steps, turn, context, layout, cache.view)
+        kept = [kvq for kvq in kept if kvq]
         return (output[0] if output else None), tuple(
             FrameEntry(
                 tuple((k[:, i], v[:, i]) for k, v, *_ in kept),
@@ -220,6 +225,13 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
             )
             for i in range(num_clean)
         )
+
+    def _graphed(self, cache: Cache, num_clean: int) -> bool:
+        """Whether a pass is a graph: over the model's own static cache, with nothing to keep that lies elsewhere."""
+        if self.graphs is None or not isinstance(cache, StaticCache) or self.static_cache is None:
+            return False
+        own = cache.buffer is self.static_cache.buffer
+        return own and not (num_clean and not cache.num_frames) and not torch.is_autocast_enabled("cuda")
 
     def _run(
         self,
@@ -243,7 +255,7 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
         for i, block in enumerate(self.blocks):
             image = context.image[i] if context.image is not None else None
             args = (block, x, modulation, turn, layout, view(i), context.text[i], image)
-            run = blocks.run_block
+            run = blocks.run_block if self.compiled is None or checkpoint else self.compiled
             x, kvq = self._gradient_checkpointing_func(run, *args) if checkpoint else run(*args)
             kept.append(kvq)
         if not layout.num_noisy:

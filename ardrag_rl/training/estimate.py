@@ -70,7 +70,12 @@ class Estimate:
 
 
 def estimate(
-    policy: VideoPolicy, args: GRPOConfig, num_frames: int, latent_shape: tuple[int, ...], text_shape: tuple[int, ...]
+    policy: VideoPolicy,
+    args: GRPOConfig,
+    num_frames: int,
+    latent_shape: tuple[int, ...],
+    text_shape: tuple[int, ...],
+    image_shape: tuple[int, ...] | None = None,
 ) -> Estimate:
     """What an update takes.
 
@@ -79,7 +84,7 @@ def estimate(
             and they may be on the device "meta".
         args: of the run.
         num_frames: F, latent frames.
-        latent_shape: (C, h, w); text_shape: (L, D).
+        latent_shape: (C, h, w); text_shape: (L, D); image_shape: (L', D') where the policy reads image tokens.
     """
     assert args.num_generations and args.groups_per_batch
     plan, dtype = args.plan(0, policy.schedule.num_steps), args.autocast_dtype
@@ -92,13 +97,13 @@ def estimate(
         fake.transformer.blocks = fake.transformer.blocks[:depth]
         with FakeTensorMode(), torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
             _drop_data(fake)
-            given, part = (_conditions(n, num_frames, latent_shape, text_shape) for n in (together, micro))
+            given, part = (_conditions(n, num_frames, latent_shape, text_shape, image_shape) for n in (together, micro))
             costs.append(_cost(fake, plan, given, rollout_of(plan, policy.schedule, part)))
     two, one = costs
     acted, learned, activations, outside, _, entry = (a + (layers - 1) * (b - a) for a, b in zip(one, two, strict=True))
     passes = 2 if args.use_peft else 3  # forward; gradients of what flows through, and of weights that learn
     if saving:  # what is outside of blocks, their inputs, and one block that is computed again
-        block = two.activations - two.outside - (one.activations - one.outside)
+        block = (activations - outside) // layers
         activations, passes = outside + layers * one.input + block, passes + 1
     parameters = list(policy.parameters())
     size = sum(p.numel() for p in parameters)
@@ -144,7 +149,7 @@ def _cost(policy: VideoPolicy, plan: Plan, given: Conditions, rollout: Rollout) 
     model = policy.transformer
     with _counter() as acted:
         generate_latents(policy, plan, given)
-    entry = model(model.encode_context(given.text), _inputs(policy, given))[1][0]
+    entry = model(model.encode_context(given.text, given.image), _inputs(policy, given))[1][0]
     own = {p.untyped_storage()._cdata for p in policy.parameters()}
 
     def forward() -> int:
@@ -225,9 +230,16 @@ def peak_memory(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
-def _conditions(batch: int, frames: int, latent_shape: tuple[int, ...], text_shape: tuple[int, ...]) -> Conditions:
+def _conditions(
+    batch: int,
+    frames: int,
+    latent_shape: tuple[int, ...],
+    text_shape: tuple[int, ...],
+    image_shape: tuple[int, ...] | None,
+) -> Conditions:
     noise = torch.zeros(batch, frames, *latent_shape)
-    return Conditions(noise, noise, noise, torch.zeros(batch, *text_shape))
+    image = None if image_shape is None else torch.zeros(batch, *image_shape)
+    return Conditions(noise, noise, noise, torch.zeros(batch, *text_shape), image)
 
 
 def _inputs(policy: VideoPolicy, given: Conditions) -> Tensor:
@@ -242,6 +254,7 @@ def rollout_of(plan: Plan, schedule: Schedule, given: Conditions) -> Rollout:
         trajectory=given.trajectory,
         reference=given.reference,
         text=given.text,
+        image=given.image,
         latents=given.noise[:, :, None].expand(-1, -1, plan.num_steps + 1, *(-1,) * 3),
         plan=plan,
         schedule=schedule,
