@@ -134,12 +134,12 @@ class GaussianStep:
         return _reduce((self.mean - other.mean) ** 2 / (2 * std**2), reduction)
 
     def _density(self, what: str) -> Tensor:
-        std = torch.as_tensor(self.std, dtype=torch.float32, device=self.mean.device)
+        std = torch.as_tensor(self.std, dtype=torch.float32)
         if not (std > 0).all():
             raise ValueError(
                 f"{what} of a deterministic step (std=0) does not exist; ask only the stochastic steps of a plan."
             )
-        return std
+        return std.to(self.mean.device)
 
 
 @dataclass(frozen=True)
@@ -214,8 +214,9 @@ class Kernel:
             x, v: (..., C, h, w).
             t, t_next: floats, or tensors that broadcast against (...), one level per latent; or against x itself.
         """
+        # numbers stay on the CPU: a GPU that checks them waits
         level, level_next = (torch.as_tensor(a, dtype=torch.float32) for a in (t, t_next))
-        if level.ndim or level_next.ndim:  # numbers stay on the CPU: a GPU that checks them waits
+        if any(a.ndim or (a.device != x.device and a.is_cuda) for a in (level, level_next)):
             level, level_next = level.to(x.device), level_next.to(x.device)
         c, s = self.coefficients(level, level_next)
         level, level_next, c, s = (_per_latent(a, x) for a in (level, level_next, c, s))
@@ -245,11 +246,18 @@ def randn(
     """
     if generator is None or isinstance(generator, torch.Generator):
         source = generator.device if generator is not None else device
-        return torch.randn(tuple(shape), generator=generator, device=source).to(device)
+        return _moved(torch.randn(tuple(shape), generator=generator, device=source), device)
     if len(generator) != shape[0]:
         raise ValueError(f"{len(generator)} generators for a batch of {shape[0]}: expected one for each entry.")
     rows = [torch.randn(tuple(shape[1:]), generator=g, device=g.device) for g in generator]
-    return torch.stack(rows).to(device)
+    return _moved(torch.stack(rows), device)
+
+
+def _moved(x: Tensor, device: torch.device | str) -> Tensor:
+    """To a GPU without waiting for what it is doing."""
+    if torch.device(device).type == "cuda" and not x.is_cuda:
+        return x.pin_memory().to(device, non_blocking=True)
+    return x.to(device)
 
 
 def _per_latent(a: Tensor, x: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ardrag_rl import hub
 from ardrag_rl.codec import Codec, CodecSettings
+from ardrag_rl.codec.side_stream import side_stream
 from ardrag_rl.control import Control
 from ardrag_rl.envs.fit import fit
 from ardrag_rl.envs.tasks import image_task
@@ -101,7 +102,7 @@ def generate_controlled(
     """Videos (B, T, 3, H, W) float32 in [0, 1] on the CPU, of B controls of one size and length; a video depends on
     its own control and seed only. Control and video pass the codec frame by frame, as in `interactive`."""
     given, generators = conditions_of(codec, controls, seeds, policy.device)
-    decoder, aside = codec.decoder(), codec.side_stream
+    decoder, aside = codec.decoder(), side_stream(codec.device)
 
     def decode(latents: Tensor) -> Tensor:
         return torch.cat([decoder.append(x) for x in latents.unbind(1)], 1)

@@ -144,12 +144,13 @@ class GpuBench:
         return f"{self.length} latent frames, {layers} layers, {str(self.dtype)[6:]}, {self.where}"
 
     def _variants(self, size: Size, chunk: int) -> Iterator[tuple[str, Latency]]:
+        if self.args.self_forcing and self.length % chunk == 0:  # it has no shorter last chunk
+            policy, theirs = self._beside(size, chunk)
+            yield "Self-Forcing's code", theirs
+        else:
+            policy = random_policy(self.args.model, self.layers, self.device, self.dtype, chunk_size=chunk)
         codec = random_codec(self.args.model, self.device, self.dtype, self._prompts.name)
         control = Control(torch.full((codec.pixel_frames(self.length), 1, 3), 0.5), "", torch.zeros(3, *size))
-        policy = random_policy(self.args.model, self.layers, self.device, self.dtype, chunk_size=chunk)
-        if self.args.self_forcing and self.length % chunk == 0:  # it has no shorter last chunk
-            policy, theirs = self._beside(codec, policy, size, chunk)
-            yield "Self-Forcing's code", theirs
         if self.args.attention:
             policy.transformer.set_attention_backend(self.args.attention)
 
@@ -164,10 +165,10 @@ class GpuBench:
             torch._dynamo.reset()  # of another chunk and size
             yield name, measure_latency(make(), codec, control, self.args.repeats)
 
-    def _beside(self, codec: Codec, like: VideoPolicy, size: Size, chunk: int) -> tuple[VideoPolicy, Latency]:
+    def _beside(self, size: Size, chunk: int) -> tuple[VideoPolicy, Latency]:
         """Self-Forcing's pipeline with random weights, and our policy of the same."""
-        shape = codec.latent_shape(*size)
-        geometry = dict(like.transformer.config)
+        codec = Codec.from_pretrained(self.args.model, "meta")
+        shape, geometry = codec.latent_shape(*size), dict(self.policy.transformer.config)
         _, ph, pw = geometry["patch_size"]
         g = torch.Generator().manual_seed(0)
         text = torch.randn(1, *codec.text_shape, generator=g).to(self.device, self.dtype)
@@ -179,7 +180,7 @@ class GpuBench:
         ):
             pipeline = random_pipeline(
                 theirs,
-                geometry | {"num_layers": len(like.transformer.blocks)},
+                geometry,
                 text,
                 tokens=shape[1] // ph * (shape[2] // pw),
                 chunk=chunk,
@@ -357,4 +358,4 @@ def random_codec(pipeline: str, device: torch.device, dtype: torch.dtype, folder
 
 def device_name(device: torch.device) -> str:
     """In words."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"

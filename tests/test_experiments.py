@@ -287,7 +287,7 @@ def test_benchmark_of_a_real_size_writes_its_tables(tiny_pipeline, tmp_path):
     (table,) = json.loads((tmp_path / "out/benchmark_gpu.json").read_text())["tables"]
     assert [row[:2] for row in table["rows"]] == [[c, f"{n} cache"] for c in "12" for n in ("immutable", "static")]
     assert all(float(cell) > 0 for row in table["rows"] for cell in row[2:6]) and len(table["columns"]) == 7
-    assert "32x32, 4 latent frames, 1 layers, float32" in (tmp_path / "out/benchmark_gpu.md").read_text()
+    assert "32x32, 3 steps, 4 latent frames, 1 layers, float32, CPU" in (tmp_path / "out/benchmark_gpu.md").read_text()
 
 
 def test_an_update_is_measured_beside_its_estimate(script, tiny_pipeline, monkeypatch):

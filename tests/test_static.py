@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ardrag_rl.codec import Codec
-from ardrag_rl.codec.side_stream import SideStream
+from ardrag_rl.codec.side_stream import SideStream, side_stream
 from ardrag_rl.control import Control
 from ardrag_rl.flow import Kernel
 from ardrag_rl.generation import generate_controlled
@@ -111,10 +111,10 @@ def test_videos_of_other_sizes_have_buffers_of_their_own(policy):
     """One for each size, at the address that it had."""
     fast = policy.for_inference()
     buffer, places = fast.transformer.static_cache.buffer, []
-    for batch in (1, 2, 1, 2):
+    for batch in (1, 2, 1, 2, 3):
         torch.testing.assert_close(made(fast, batch=batch), made(policy, batch=batch), **CLOSE)
         places.append(buffer.data.data_ptr())
-    assert places[:2] == places[2:] and places[0] != places[1]
+    assert places[:2] == places[2:4] and places[0] != places[1] and len(buffer._kept) == 2
     assert copy.deepcopy(fast).transformer.static_cache.buffer.data is None
 
 
@@ -141,6 +141,9 @@ def test_a_policy_for_inference_shares_its_weights():
     torch.testing.assert_close(made(fast), made(policy), **CLOSE)
     with pytest.raises(ValueError, match="cuda_graphs=True: the policy is on 'cpu', move it"):
         policy.for_inference(cuda_graphs=True)
+    policy.transformer.forward = policy.transformer.forward  # as offloading does
+    with pytest.raises(ValueError, match="forward was replaced by hooks, as offloading does"):
+        policy.for_inference()
     with pytest.raises(ValueError, match="cache='tether': only 'rolling' and 'sink' can be static"):
         small(cache="tether").for_inference()
 
@@ -270,18 +273,20 @@ def test_nothing_waits_for_the_host():
 
 
 @pytest.mark.slow
-def test_compiled_blocks_give_the_same():
-    policy = small(chunk_size=3)
-    fast = policy.for_inference(compile=True)
-    torch._dynamo.reset()
-    counted = torch._dynamo.utils.counters
-    counted.clear()
-    torch.testing.assert_close(made(fast, frames=14), made(policy, frames=14), **CLOSE)
-    graphs = counted["stats"]["unique_graphs"]
-    assert 4 <= graphs <= 8 and not counted["graph_break"]  # noisy and clean, with and without history, some by length
-    made(fast, frames=14)
-    assert counted["stats"]["unique_graphs"] == graphs
-    torch.testing.assert_close(made(fast, frames=2), made(policy, frames=2), **CLOSE)
+@pytest.mark.parametrize("chunk", [1, 3])
+def test_compiled_blocks_give_the_same(chunk):
+    counted, graphs = torch._dynamo.utils.counters, []
+    for layers in (2, 4):
+        policy = small(chunk_size=chunk, num_layers=layers)
+        fast = policy.for_inference(compile=True)
+        torch._dynamo.reset()
+        counted.clear()
+        torch.testing.assert_close(made(fast, frames=14), made(policy, frames=14), **CLOSE)
+        graphs.append(counted["stats"]["unique_graphs"])
+        assert not counted["graph_break"]
+        made(fast, frames=14)
+        assert counted["stats"]["unique_graphs"] == graphs[-1]
+    assert graphs[0] == graphs[1] <= 8  # no layer is compiled for itself; some lengths are
 
 
 # --- the attention kernel, the codec's stream ---
@@ -337,6 +342,7 @@ def test_the_codec_has_a_stream_of_its_own(monkeypatch):
     assert said == ["aside waits", "kept", "aside", "decoded", "main"]
     there.join()
     assert said[-1] == "main waits"
+    assert side_stream(torch.device("cpu")) is side_stream(torch.device("cpu"))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,6 @@ from ardrag_rl.codec.autoencoders import ImageAutoencoder, VideoAutoencoder, tem
 from ardrag_rl.codec.frozen import FrozenModel
 from ardrag_rl.codec.image_encoder import ImageEncoder
 from ardrag_rl.codec.settings import DTYPES, CodecSettings
-from ardrag_rl.codec.side_stream import SideStream
 from ardrag_rl.codec.stream import State, Stream
 from ardrag_rl.codec.taehv import TinyDecoder
 from ardrag_rl.codec.text import PromptCache, TextEncoder, identity_of
@@ -144,11 +143,6 @@ class Codec:
         if rest or num_pixel_frames < 1:
             raise ValueError(f"{num_pixel_frames} pixel frames: expected 1 + k * {self.temporal_stride}.")
         return frames + 1
-
-    @cached_property
-    def side_stream(self) -> SideStream:
-        """Where to run the codec beside a policy."""
-        return SideStream(self.device)
 
     @property
     def text_shape(self) -> tuple[int, int]:

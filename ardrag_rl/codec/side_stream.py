@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -10,8 +11,6 @@ from torch import Tensor
 
 class SideStream:
     """Runs calls in order on a CUDA stream of its own; on another device at once.
-
-    One for all calls of a codec: memory that was freed on a stream serves that stream alone.
 
     Args:
         device: of the tensors.
@@ -34,3 +33,9 @@ class SideStream:
         """What comes next on the caller's stream waits for all calls."""
         if self._stream is not None:
             torch.cuda.current_stream(self._device).wait_stream(self._stream)
+
+
+@cache
+def side_stream(device: torch.device) -> SideStream:
+    """The one of a device: what was freed on a stream is memory for that stream alone."""
+    return SideStream(device)

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+GRAPHS = 128  # that are kept; a chunk and a size take two for every length of history
+
 
 class Recorded(NamedTuple):
     """A graph.
@@ -63,6 +65,8 @@ class CudaGraphs:
                 there.copy_(here)
             self._contexts[kind] = fixed, context
         if key not in self._graphs:
+            while len(self._graphs) >= GRAPHS:
+                del self._graphs[next(iter(self._graphs))]
             self._graphs[key] = self._record(lambda *given: function(*given, fixed), _kept(inputs))
         recorded = self._graphs[key]
         for there, here in zip(recorded.inputs, inputs, strict=True):
@@ -85,7 +89,7 @@ class CudaGraphs:
 
 def _kept(structure: Any) -> Any:
     """A copy that may be written to in any mode."""
-    with torch.inference_mode(False):
+    with torch.inference_mode(False), torch.no_grad():
         return tree_map_only(Tensor, torch.clone, structure)
 
 

@@ -131,20 +131,23 @@ class VideoPolicy(nn.Module):
         for a whole pass.
 
         For one video (or batch) at a time: where another is begun, one that goes on afterwards recomputes its history,
-        or raises. Not for training. Weights may change in place; after any other change (device, dtype, adapters, the
-        attention kernel of `transformer.set_attention_backend`, diffusers' own) take a new one. The first video takes
-        longer, in which every length of history is met for the first time.
+        or raises. Not for training. Weights may change in place; after any other change (device, dtype, adapters added
+        or switched, the attention kernel of `transformer.set_attention_backend`, diffusers' own) take a new one. The
+        first video takes longer, in which every length of history is met for the first time.
 
         Args:
             compile: also torch.compile the blocks, which takes a minute more of the first video.
             cuda_graphs: None for where there is CUDA. Autocast does without them: load the weights in bfloat16.
 
         Raises:
-            ValueError: the transformer's caching strategy is another one than "rolling", "sink" or "static".
+            ValueError: the transformer's caching strategy is another one than "rolling", "sink" or "static"; or hooks
+                (offloading) have replaced its forward.
         """
         own = self.transformer.new_cache()
         if type(own) not in (RollingCache, SinkCache, StaticCache):
             raise ValueError(f"cache={self.transformer.config['cache']!r}: only 'rolling' and 'sink' can be static.")
+        if "forward" in vars(self.transformer):
+            raise ValueError("the transformer's forward was replaced by hooks, as offloading does: remove them first.")
         graphs = self.device.type == "cuda" if cuda_graphs is None else cuda_graphs
         if graphs and self.device.type != "cuda":
             raise ValueError(f"cuda_graphs=True: the policy is on {str(self.device)!r}, move it to a GPU first.")

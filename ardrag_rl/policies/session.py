@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ardrag_rl.flow import GaussianStep, Kernel
 from ardrag_rl.policies.cache import Cache
+from ardrag_rl.policies.static_cache import StaticCache
 from ardrag_rl.policies.strategies import Strategy
 from ardrag_rl.policies.transformer import Context
 
@@ -78,11 +79,12 @@ class Session:
         if len(set(frame)) == 1:
             velocity = self._velocity(state, frame[0], x, step)
         else:  # episodes at different frames share no cache: each is answered from its own history
+            strategy = self._cache.immutable() if isinstance(self._cache, StaticCache) else self._strategy
             velocity = torch.empty_like(x)
             for m in sorted(set(frame)):
                 rows = [i for i, f in enumerate(frame) if f == m]
                 part = {key: value[rows] for key, value in state.items()}
-                alone = Session(self.policy, len(rows), self._strategy)
+                alone = Session(self.policy, len(rows), strategy)
                 velocity[rows] = alone._velocity(part, m, x[rows], [step[i] for i in rows])
         levels = self.policy.schedule.levels
         if len(set(step)) == 1:

@@ -9,13 +9,15 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ardrag_rl.policies.cache import FrameEntry, Room
+from ardrag_rl.policies.cache import FrameEntry, Room, SinkCache
+
+SHAPES = 2  # that alternate without a new buffer
 
 
 class _Buffer:
     """Where a static cache writes: (2, layers, B, slots, n, heads, head_dim), keys and values.
 
-    One is kept for every shape that was asked for, at the address that it had.
+    Those of the last few shapes are kept, at the addresses that they had.
     """
 
     def __init__(self) -> None:
@@ -29,6 +31,8 @@ class _Buffer:
         shape = (2, len(entry.layers), k.shape[0], slots, *k.shape[1:])
         kind = (shape, k.dtype, k.device)
         if kind not in self._kept:
+            while len(self._kept) >= SHAPES:
+                del self._kept[next(iter(self._kept))]
             with torch.inference_mode(False):  # or it could be written to in that mode only
                 self._kept[kind] = torch.zeros(shape, dtype=k.dtype, device=k.device)
         self.data = self._kept[kind]
@@ -122,6 +126,10 @@ class StaticCache:
         buffer = _Buffer()
         buffer.data, buffer.writes = self._data()[:, :, rows], self.written
         return replace(self, buffer=buffer)
+
+    def immutable(self) -> SinkCache:
+        """An empty cache that shows the same."""
+        return SinkCache(self.window, sink=self.sink)
 
     @property
     def _filled(self) -> int:

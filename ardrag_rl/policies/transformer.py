@@ -208,9 +208,10 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
             assert self.graphs is not None and isinstance(cache, StaticCache)
 
             def run(frames: Tensor, steps: Tensor, cos: Tensor, sin: Tensor, context: Context) -> _Outputs:
+                past.extend(() if past else map(cache.view, range(len(self.blocks))))  # where it is recorded
                 return self._run(frames, steps, (cos, sin), context, layout, past.__getitem__)
 
-            past = [cache.view(i) for i in range(len(self.blocks))]
+            past: list[Any] = []
             key = (layout, cache.key, self.patch_embedding.weight.data_ptr())
             output, kept = self.graphs(run, (frames, steps, *turn), context, key)
             output = [x.clone() for x in output]  # the next pass overwrites it

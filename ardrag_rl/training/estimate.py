@@ -7,11 +7,13 @@ import resource
 import sys
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -100,11 +102,10 @@ def estimate(
             given, part = (_conditions(n, num_frames, latent_shape, text_shape, image_shape) for n in (together, micro))
             costs.append(_cost(fake, plan, given, rollout_of(plan, policy.schedule, part)))
     two, one = costs
-    acted, learned, activations, outside, _, entry = (a + (layers - 1) * (b - a) for a, b in zip(one, two, strict=True))
+    acted, learned, activations, outside, entry = (a + (layers - 1) * (b - a) for a, b in zip(one, two, strict=True))
     passes = 2 if args.use_peft else 3  # forward; gradients of what flows through, and of weights that learn
-    if saving:  # what is outside of blocks, their inputs, and one block that is computed again
-        block = (activations - outside) // layers
-        activations, passes = outside + layers * one.input + block, passes + 1
+    if saving:  # what is outside of blocks, all that they are given included, and one block that is computed again
+        activations, passes = outside + (activations - outside) // layers, passes + 1
     parameters = list(policy.parameters())
     size = sum(p.numel() for p in parameters)
     trainable = sum(p.numel() for p in parameters if p.requires_grad)
@@ -134,13 +135,12 @@ def estimate(
 
 class _Cost(NamedTuple):
     """FLOP of acting in all videos of a batch and of a forward pass over a micro-batch; bytes that this keeps for its
-    backward pass, of that outside of blocks, and of a block's input; and bytes of a frame's cache entry."""
+    backward pass, and where blocks are checkpointed; and bytes of a frame's cache entry."""
 
     acted: int
     learned: int
     activations: int
     outside: int
-    input: int
     entry: int
 
 
@@ -152,8 +152,8 @@ def _cost(policy: VideoPolicy, plan: Plan, given: Conditions, rollout: Rollout) 
     entry = model(model.encode_context(given.text, given.image), _inputs(policy, given))[1][0]
     own = {p.untyped_storage()._cdata for p in policy.parameters()}
 
-    def forward() -> int:
-        """Bytes that are kept."""
+    def forward(checkpointed: bool) -> int:
+        """Bytes that are kept, of blocks only what they are given where they are checkpointed."""
         kept: dict[int, int] = {}
         alive: list[Tensor] = []
 
@@ -164,24 +164,24 @@ def _cost(policy: VideoPolicy, plan: Plan, given: Conditions, rollout: Rollout) 
             alive.append(x)  # an address is not given out twice
             return x
 
+        def run_block(run: Any, *args: Any) -> Any:
+            for x in tree_leaves(args):
+                if isinstance(x, Tensor):
+                    keep(x)
+            return checkpoint(run, *args, use_reentrant=False)
+
+        model.disable_gradient_checkpointing()
+        if checkpointed:
+            model.enable_gradient_checkpointing(run_block)
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
             policy(rollout)
         return sum(kept.values())
 
-    inputs: list[int] = []
-
-    def skipped(run: Any, *args: Any) -> Any:
-        inputs.append(args[1].nbytes)  # the first is the block
-        return checkpoint(run, *args, use_reentrant=False)
-
-    model.disable_gradient_checkpointing()
     with _counter() as learned:
-        activations = forward()
-    model.enable_gradient_checkpointing(skipped)
-    outside = forward()
-    model.disable_gradient_checkpointing()
+        activations = forward(checkpointed=False)
+    outside = forward(checkpointed=True)
     size = sum(k.nbytes + v.nbytes for k, v in entry.layers)
-    return _Cost(acted.get_total_flops(), learned.get_total_flops(), activations, outside, inputs[0], size)
+    return _Cost(acted.get_total_flops(), learned.get_total_flops(), activations, outside, size)
 
 
 def _counter() -> FlopCounterMode:
@@ -226,6 +226,11 @@ def peak_memory(device: torch.device) -> float:
     """GiB that this process has held at most so far: on the GPU, or of resident memory where it runs on the CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
+    status = Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.is_file() else []
+    for line in lines:  # this program's own: getrusage begins with what its parent held
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) / 2**20
     unit = 1 if sys.platform == "darwin" else 1024  # what the kernel counts in
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
