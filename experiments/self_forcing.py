@@ -80,7 +80,14 @@ def self_forcing(folder: str, dtype: torch.dtype = torch.float32) -> Iterator[Si
 
 
 def random_pipeline(
-    theirs: SimpleNamespace, geometry: dict[str, Any], text: Tensor, tokens: int, chunk: int, local: int, frames: int
+    theirs: SimpleNamespace,
+    geometry: dict[str, Any],
+    text: Tensor,
+    tokens: int,
+    chunk: int,
+    local: int,
+    frames: int,
+    scale: float = 0.02,
 ) -> Any:
     """Its inference pipeline around a model of random weights; what it hard-codes of the 1.3B model is set anew.
 
@@ -91,6 +98,7 @@ def random_pipeline(
         tokens: of a frame.
         chunk, local: its `num_frame_per_block` and `local_attn_size`, -1 for all of the history.
         frames: of the longest video.
+        scale: of what is added to its initial weights.
     """
     heads, width = geometry["num_attention_heads"], geometry["attention_head_dim"]
     torch.manual_seed(0)
@@ -108,7 +116,7 @@ def random_pipeline(
     model.freqs = model.freqs.to(text.device)
     with torch.no_grad():
         for p in model.parameters():  # its last layer begins with zeros
-            p.add_(0.02 * torch.randn_like(p))
+            p.add_(scale * torch.randn_like(p))
     settings = SimpleNamespace(
         denoising_step_list=STEPS,
         warp_denoising_step=True,

@@ -148,6 +148,18 @@ def test_a_policy_for_inference_shares_its_weights():
         small(cache="tether").for_inference()
 
 
+def test_half_precision_keeps_what_diffusers_keeps_whole(policy, tmp_path):
+    policy.transformer.save_pretrained(tmp_path)
+    half = type(policy.transformer).from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
+    assert half.scale_shift_table.dtype == torch.float32 and half.proj_out.weight.dtype == torch.bfloat16
+    half, want = VideoPolicy(half), made(policy)
+    fast = half.for_inference()
+    got, fast_got = made(half), made(fast)
+    assert fast.transformer.static_cache.buffer.data.dtype == torch.bfloat16 and got.dtype == torch.float32
+    for video in (got, fast_got):
+        torch.testing.assert_close(video, want, atol=0.1, rtol=0.05)
+
+
 def test_sessions_answer_whatever_comes_between(policy):
     """Two sessions in turns, and episodes at different frames, share one buffer: histories are computed again."""
     fast, kernel = policy.for_inference(), Kernel("ode")
