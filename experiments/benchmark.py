@@ -52,7 +52,6 @@ class BenchmarkArguments(GpuArguments):
     group: int = field(default=8, metadata={"help": "Videos of a group in the rollouts."})
     near: int = field(default=8, metadata={"help": "The earlier frame of `growth`."})
     far: int = field(default=64, metadata={"help": "The later frame of `growth`."})
-    device: str = field(default="cpu", metadata={"help": "Of policy and codec."})
 
 
 class Bench:
@@ -60,7 +59,7 @@ class Bench:
 
     def __init__(self, args: BenchmarkArguments) -> None:
         self.args = args
-        self.policy = VideoPolicy.from_pretrained(args.pipeline, args.device)
+        self.policy = VideoPolicy.from_pretrained(args.pipeline, args.device or "cpu")
         self.where = str(self.policy.device)
         self.group_envs = self._envs(args.group)
         self._group_rollout = collect(self.group_envs, self.policy, PLAN, 0, tasks=[0])
@@ -109,7 +108,9 @@ class Bench:
     def group(self) -> list[Measured]:
         """A batched group against a loop."""
         size, single = self.args.group, self._envs(1)
-        env = ARDragEnv(self.args.pipeline, self.args.tasks, num_frames=self.args.num_frames, device=self.args.device)
+        env = ARDragEnv(
+            self.args.pipeline, self.args.tasks, num_frames=self.args.num_frames, device=str(self.policy.device)
+        )
         actions = self._group_rollout.latents.numpy()  # (B, F, N+1, C, h, w)
         frames, steps = actions.shape[1], actions.shape[2] - 1
 
@@ -181,7 +182,9 @@ class Bench:
 
     def _envs(self, size: int, num_frames: int | None = None) -> ARDragVectorEnv:
         a = self.args
-        return ARDragVectorEnv(size, a.pipeline, a.tasks, num_frames=num_frames or a.num_frames, device=a.device)
+        return ARDragVectorEnv(
+            size, a.pipeline, a.tasks, num_frames=num_frames or a.num_frames, device=str(self.policy.device)
+        )
 
     def _ratio(self, what: str, slow: Callable[[], object], fast: Callable[[], object], target: str = "") -> Measured:
         return measure(what, slow, fast, self.args.repeats, self.args.warmup, target, self._now)

@@ -32,6 +32,7 @@ from self_forcing import STEPS, as_policy, is_checkout, random_pipeline, self_fo
 from ardrag_rl import hub
 from ardrag_rl.codec import Codec
 from ardrag_rl.control import Control
+from ardrag_rl.envs.fit import parse_size
 from ardrag_rl.flow import Kernel
 from ardrag_rl.metrics.latency import Latency, measure_latency, median_seconds
 from ardrag_rl.policies import CausalWanTransformer3DModel, VideoPolicy
@@ -54,11 +55,12 @@ class GpuArguments(MeasureArguments):
     """What is measured at a real model's size."""
 
     gpu: bool = field(default=False, metadata={"help": "Measure a real model's size: `inference` and `update`."})
+    device: str | None = field(default=None, metadata={"help": "Unset: cpu; of --gpu, a GPU where there is one."})
     model: str = field(
         default="wan2.1-1.3b", metadata={"help": "Of --gpu: an embedded pipeline, a folder or a hub id."}
     )
     sizes: list[str] = field(
-        default_factory=list, metadata={"help": "HEIGHTxWIDTH; unset: 480x832 and 368x640, without a GPU 64x96."}
+        default_factory=list, metadata={"help": "WIDTHxHEIGHT; unset: 832x480 and 640x368, without a GPU 96x64."}
     )
     chunks: list[int] = field(default_factory=lambda: [1, 3], metadata={"help": "Frames denoised together."})
     length: int | None = field(default=None, metadata={"help": "Latent frames; unset: 21, without a GPU 12."})
@@ -78,11 +80,10 @@ class GpuBench:
         if args.self_forcing and not is_checkout(args.self_forcing):
             raise SystemExit(f"--self_forcing {args.self_forcing}: no checkout of Self-Forcing.")
         self.args = args
-        gpu = torch.cuda.is_available()
-        self.device = torch.device("cuda" if gpu else "cpu")
+        self.device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        gpu = self.device.type == "cuda"
         self.dtype = torch.bfloat16 if gpu else torch.float32
-        names = args.sizes or (["480x832", "368x640"] if gpu else ["64x96"])
-        self.sizes: list[Size] = [(int(h), int(w)) for h, w in (name.lower().split("x") for name in names)]
+        self.sizes = [parse_size(name) for name in args.sizes or (["832x480", "640x368"] if gpu else ["96x64"])]
         self.length = args.length or (21 if gpu else 12)
         self.layers = args.layers or (None if gpu else 4)
         self.group = args.group_size or (8 if gpu else 2)
@@ -101,9 +102,9 @@ class GpuBench:
                     cells = (latency.transformer_first, latency.transformer_fps, latency.first_frame, latency.fps)
                     shown = [f"{x:.3g}" if x == x else "" for x in (*cells, latency.peak_memory)]
                     rows.append((str(chunk), name, *shown))
-                    print("  ".join((f"{height}x{width}", *rows[-1])), flush=True)
+                    print("  ".join((f"{width}x{height}", *rows[-1])), flush=True)
             steps = len(STEPS) if self.args.self_forcing else self.policy.schedule.num_steps
-            title = f"One video of {height}x{width}, {steps} steps, {self._about()}"
+            title = f"One video of {width}x{height}, {steps} steps, {self._about()}"
             columns = ("chunk", "", "first frame alone, s", "frames/s alone", "first frame, s", "frames/s", "peak, GiB")
             yield Table(title, columns, tuple(rows))
 
@@ -122,7 +123,7 @@ class GpuBench:
             print("  ".join(rows[-1]), flush=True)
         columns = ("", "rollout, s", "learner, s", "rollout, GiB", "estimated", "learner, GiB", "estimated")
         height, width = self.sizes[0]
-        yield Table(f"An update on a group of {self.group} of {height}x{width}, {self._about()}", columns, tuple(rows))
+        yield Table(f"An update on a group of {self.group} of {width}x{height}, {self._about()}", columns, tuple(rows))
 
     def _apart(self, part: Callable[..., float], settings: Update) -> tuple[float, float]:
         """Seconds and GiB of a part, in a process of its own."""
