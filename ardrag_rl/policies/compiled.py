@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch._dynamo
 from torch import Tensor
 
 from ardrag_rl.policies import block as blocks
@@ -31,8 +30,9 @@ def compile_blocks() -> None:
 
 def compiled_block() -> Callable[..., Any]:
     """A compiled block for a policy with a static cache; the number of frames in the cache is left open."""
-    limit = torch._dynamo.config.recompile_limit  # shapes of one function in a process, after which it is eager
-    torch._dynamo.config.recompile_limit = max(limit, SHAPES)
+    from torch._dynamo import config  # takes a second to import
+
+    config.recompile_limit = max(config.recompile_limit, SHAPES)  # of a function in a process; beyond, it is eager
     return torch.compile(_EAGER)
 
 
