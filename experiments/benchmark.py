@@ -108,9 +108,7 @@ class Bench:
     def group(self) -> list[Measured]:
         """A batched group against a loop."""
         size, single = self.args.group, self._envs(1)
-        env = ARDragEnv(
-            self.args.pipeline, self.args.tasks, num_frames=self.args.num_frames, device=str(self.policy.device)
-        )
+        env = ARDragEnv(self.args.pipeline, self.args.tasks, num_frames=self.args.num_frames, device=self.where)
         actions = self._group_rollout.latents.numpy()  # (B, F, N+1, C, h, w)
         frames, steps = actions.shape[1], actions.shape[2] - 1
 
@@ -182,9 +180,7 @@ class Bench:
 
     def _envs(self, size: int, num_frames: int | None = None) -> ARDragVectorEnv:
         a = self.args
-        return ARDragVectorEnv(
-            size, a.pipeline, a.tasks, num_frames=num_frames or a.num_frames, device=str(self.policy.device)
-        )
+        return ARDragVectorEnv(size, a.pipeline, a.tasks, num_frames=num_frames or a.num_frames, device=self.where)
 
     def _ratio(self, what: str, slow: Callable[[], object], fast: Callable[[], object], target: str = "") -> Measured:
         return measure(what, slow, fast, self.args.repeats, self.args.warmup, target, self._now)

@@ -18,7 +18,6 @@ import contextlib
 import io
 import multiprocessing
 import os
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from tempfile import TemporaryDirectory
@@ -34,14 +33,14 @@ from ardrag_rl.codec import Codec
 from ardrag_rl.control import Control
 from ardrag_rl.envs.fit import parse_size
 from ardrag_rl.flow import Kernel
-from ardrag_rl.metrics.latency import Latency, measure_latency, median_seconds
+from ardrag_rl.metrics.latency import Latency, measure_latency, median_seconds, timed
 from ardrag_rl.policies import CausalWanTransformer3DModel, VideoPolicy
 from ardrag_rl.policies.chunks import Conditions
 from ardrag_rl.policies.generate import generate_latents
 from ardrag_rl.policies.widen import widen
 from ardrag_rl.rollout import Plan
 from ardrag_rl.training.config import GRPOConfig
-from ardrag_rl.training.estimate import estimate, peak_memory, rollout_of
+from ardrag_rl.training.estimate import Estimate, estimate, peak_memory, rollout_of
 from ardrag_rl.training.lora import add_lora
 
 PARTS = ("inference", "update")
@@ -113,12 +112,11 @@ class GpuBench:
         rows = []
         for lora in (True, False):
             settings = Update(self.args.model, self.layers, self.sizes[0], self.length, self.group, lora)
-            config, said = settings.estimated(self.device, self.dtype)
+            said = settings.estimated(self.device, self.dtype)
             (acted, acting), (learned, learning) = (self._apart(part, settings) for part in (roll_out, learn))
             weights = 4 * said.parameters / GIB  # float32, computed with in `dtype`
             learner = (said.model_bytes + said.activation_bytes) / GIB
-            micro = config.per_device_train_batch_size
-            cells = acted, learned * self.group / micro, acting, weights + said.rollout_bytes / GIB, learning, learner
+            cells = acted, learned * self.group, acting, weights + said.rollout_bytes / GIB, learning, learner
             rows.append(("LoRA" if lora else "all weights", *(f"{x:.3g}" for x in cells)))
             print("  ".join(rows[-1]), flush=True)
         columns = ("", "rollout, s", "learner, s", "rollout, GiB", "estimated", "learner, GiB", "estimated")
@@ -225,7 +223,7 @@ class Update:
     lora: bool
     narrow: bool = False  # one head, one layer: to warm up
 
-    def policy(self, device: torch.device, dtype: torch.dtype) -> VideoPolicy:
+    def policy(self, device: torch.device) -> VideoPolicy:
         """As `grpo.py` has it with wan2.1-1.3b.yaml: activation checkpointing, LoRA of rank 64."""
         changes = dict(num_attention_heads=1, attention_head_dim=16, ffn_dim=16) if self.narrow else {}
         policy = random_policy(self.model, self.layers, device, torch.float32, **changes)
@@ -247,12 +245,12 @@ class Update:
             report_to="none",
         )
 
-    def estimated(self, device: torch.device, dtype: torch.dtype) -> tuple[GRPOConfig, Any]:
+    def estimated(self, device: torch.device, dtype: torch.dtype) -> Estimate:
         """Of `--dry_run`."""
         config = self.config(device, dtype)
         codec = Codec.from_pretrained(self.model, "meta")
         shapes = codec.latent_shape(*self.size), codec.text_shape, codec.image_shape
-        return config, estimate(self.policy(torch.device("meta"), dtype), config, self.length, *shapes)
+        return estimate(self.policy(torch.device("meta")), config, self.length, *shapes)
 
     def given(self, batch: int, device: torch.device) -> Conditions:
         """Noise for all."""
@@ -279,7 +277,7 @@ def watched(
 
 def roll_out(settings: Update, device: torch.device, dtype: torch.dtype) -> float:
     """Seconds of a group's rollout."""
-    policy, given = settings.policy(device, dtype), settings.given(settings.group, device)
+    policy, given = settings.policy(device), settings.given(settings.group, device)
     plan = Plan.selective(0, Kernel("cps", 0.6))
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
         return timed(lambda: generate_latents(policy, plan, given), device)
@@ -287,7 +285,7 @@ def roll_out(settings: Update, device: torch.device, dtype: torch.dtype) -> floa
 
 def learn(settings: Update, device: torch.device, dtype: torch.dtype) -> float:
     """Seconds of a micro-batch, forward and backward; an optimizer's step, counted to none, follows the first."""
-    policy, plan = settings.policy(device, dtype), Plan.selective(0, Kernel("cps", 0.6))
+    policy, plan = settings.policy(device), Plan.selective(0, Kernel("cps", 0.6))
     rollout = rollout_of(plan, policy.schedule, settings.given(1, device)).to(device)
     optimizer = torch.optim.AdamW([p for p in policy.parameters() if p.requires_grad], fused=True)
 
@@ -302,15 +300,6 @@ def learn(settings: Update, device: torch.device, dtype: torch.dtype) -> float:
     seconds = timed(step, device)
     optimizer.step()
     return seconds
-
-
-def timed(call: Callable[[], object], device: torch.device) -> float:
-    """Seconds."""
-    start = time.perf_counter()
-    call()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - start
 
 
 def random_policy(

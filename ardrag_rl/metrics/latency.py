@@ -70,12 +70,14 @@ def measure_latency(policy: VideoPolicy, codec: Codec, control: Control, repeats
 
 
 def median_seconds(call: Callable[[], object], device: torch.device, repeats: int) -> float:
-    """Of that many calls, after one that is not counted; on a GPU until all that they asked for is done."""
-    seconds = []
-    for _ in range(repeats + 1):
-        start = time.perf_counter()
-        call()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds[1:])
+    """Of that many calls, after one that is not counted."""
+    return statistics.median([timed(call, device) for _ in range(repeats + 1)][1:])
+
+
+def timed(call: Callable[[], object], device: torch.device) -> float:
+    """Seconds of a call; on a GPU until all that it asked for is done."""
+    start = time.perf_counter()
+    call()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
